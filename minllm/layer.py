@@ -1,0 +1,134 @@
+"""What a layer is.
+
+A `Layer` is a frozen dataclass of hyperparameters with pure methods. It holds no arrays, is hashable, and so is static under
+`jit`. Everything else that it needs beside its input comes in a `Context`; everything that it gives comes out as an `Out`.
+
+    B batch             N query heads              D model width           R low rank
+    T query length      K key/value heads          F feed-forward width    C chunk
+    S key/value length  G query heads per kv head  V vocabulary            P page
+    L layers            H head size                E experts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from minllm.sharding import ALL, Rules
+from minllm.spec import Tree
+
+Remat = Literal["none", "full", "layer", "dots"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Who holds which dtype: `params` are stored and updated, `compute` is what matmuls see, `reduce` is what gradients add up in.
+
+    Softmax, norms, losses and optimizer state are float32 whatever stands here.
+    """
+
+    params: str = "float32"
+    compute: str = "float32"
+    reduce: str = "float32"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs. Nothing here changes a value beyond rounding, and a law tests that.
+
+    kernels: which implementation of each op; "auto" takes the best that the platform has.
+    remat: what the backward pass recomputes: nothing ("none"), every repetition of a stack's pattern from its input ("full"), every layer
+        from its own input ("layer"), all but the results of matmuls with weights ("dots").
+    scan: one `lax.scan` over stacked layers, or unrolled.
+    microbatches: pieces that a batch is split into; gradients add up in `precision.reduce`.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    rules: Rules = ALL
+    kernels: Literal["auto", "reference", "tpu", "gpu"] = "auto"
+    remat: Remat = "none"
+    scan: bool = True
+    microbatches: int = 1
+    precision: Precision = field(default_factory=Precision)
+
+    @property
+    def chip(self) -> str | None:
+        """The device kind, known for compile-only meshes too; kernels choose their tiles by it. None: ask the platform."""
+        device = self.mesh and self.mesh.abstract_mesh.abstract_device
+        return device.device_kind if device else None
+
+
+@flax.struct.dataclass
+class Context:
+    """What a layer needs beside its input. Only its arrays cross into a `shard_map`; the Context never does.
+
+    positions: of each token in its document; negative: no token, never attended to and never written to a cache.
+    segments: the document of each token in a packed row; 0 is padding.
+    prefix: tokens at positions below it see each other both ways (prefix LM); one number a row, or one a token.
+    rows: the number of each row in the global batch, so that a microbatch drops what the whole batch would; None: 0 to B-1.
+    layer: the global index of the next layer of a stack.
+    key: of this layer's randomness, fold_in(key of the model, global layer index); None switches dropout off.
+    """
+
+    positions: Int[Array, "B T"] | None = None
+    segments: Int[Array, "B T"] | None = None
+    prefix: Int[Array, "B T"] | Int[Array, "B 1"] | None = None
+    memory: Float[Array, "B S D"] | None = None
+    pages: Any = None
+    rows: Int[Array, " B"] | None = None
+    layer: int | Int[Array, ""] = 0
+    key: Key[Array, ""] | None = None
+    run: Execution = flax.struct.field(pytree_node=False, default=Execution())
+
+
+Losses = dict[str, tuple[Array, Array]]
+
+
+class Out(NamedTuple):
+    """x: the layer's output. cache: what decoding must remember. losses: name -> (sum, weight), added over layers, microbatches and
+    shards. stats: stacked by layer (router load, norms)."""
+
+    x: Array
+    cache: Any = None
+    losses: Losses | None = None
+    stats: Any = None
+
+
+def add_losses(a: Losses | None, b: Losses | None) -> Losses | None:
+    if not a or not b:
+        return a or b
+    return {name: tuple(x + y for x, y in zip(a.get(name, (0.0, 0.0)), b.get(name, (0.0, 0.0)))) for name in {**a, **b}}
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """D is the model width, B the batch, S the number of tokens that a cache must be able to hold."""
+
+    def params(self, D: int) -> Tree:
+        """The Specs of the weights."""
+        return {}
+
+    def cache(self, D: int, B: int, S: int, dtype: Any) -> Tree:
+        """The Specs of what decoding must remember; None if nothing."""
+        return None
+
+    def apply(self, p: Tree, x: Float[Array, "B T D"], ctx: Context, cache: Tree = None) -> Out: ...
+
+    def update(self, p: Tree, stats: Any) -> Tree:
+        """The only update of parameters that is not by gradient (a router's bias), run by the step."""
+        return p
+
+
+def positions_of(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that restart at each document of a packed row: the distance to the last change of segment."""
+    T = segments.shape[1]
+    index = jnp.arange(T, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
+    last = jnp.where(starts, index, 0)
+    return index - jax.lax.cummax(last, axis=1)

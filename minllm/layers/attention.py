@@ -1,0 +1,107 @@
+"""Multi-head attention with any number of key/value heads.
+
+    q, k, v = x W_q, x W_k, x W_v      y = softmax(q k^T / sqrt(H) + mask) v W_o
+
+Vaswani et al. 2017, arXiv 1706.03762, section 3.2; one key/value head: Shazeer 2019, arXiv 1911.02150; groups: Ainslie et al. 2023,
+arXiv 2305.13245. The softmax is `minllm_kernels.attention`.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from minllm_kernels import attention
+from minllm_kernels.mask import Causal, Mask, Window
+
+from minllm.layer import Context, Layer, Out
+from minllm.layers.dropout import dropout, keep_mask
+from minllm.layers.kv import extend, kv_cache
+from minllm.layers.norm import Norm
+from minllm.layers.position import Rope
+from minllm.sharding import local
+from minllm.spec import FanIn, Init, Spec
+from minllm.weights import einsum
+
+
+@dataclass(frozen=True)
+class Attention(Layer):
+    """
+    position: how queries and keys learn where they are; None for no encoding at all (NoPE).
+    mask: who sees whom. window: at most this many tokens back, the token itself included (Mistral); decoding then keeps a ring.
+    qk_norm: a norm of each head's queries and keys before the rotation (Qwen 3), or with qk_norm_flat of all heads at once (OLMo 2).
+    softcap, scale: of the scores (Gemma 2). bias: on q, k and v; out_bias: on the output.
+    dropout: of the output; weight_dropout: of the probabilities, which holds a [T, S] array.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    position: Rope | None = None
+    mask: Mask = Causal()
+    window: int | None = None
+    qk_norm: Norm | None = None
+    qk_norm_flat: bool = False
+    softcap: float | None = None
+    scale: float | None = None
+    bias: bool = False
+    out_bias: bool = False
+    dropout: float = 0.0
+    weight_dropout: float = 0.0
+    out_init: Init = FanIn()
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"Attention has {self.heads} heads for {self.kv_heads} kv_heads; the first must be a multiple of the second")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window counts its own token, so it is at least 1; got {self.window}")
+
+    def params(self, D):
+        N, K, H = self.heads, self.kv_heads, self.head_dim
+        kv = Spec((D, K, H), "embed -> kv_heads head", FanIn())
+        p = {"q": Spec((D, N, H), "embed -> heads head", FanIn()), "k": kv, "v": kv,
+             "o": Spec((N, H, D), "heads head -> embed", self.out_init)}  # fmt: skip
+        if self.bias:
+            b = Spec((K, H), "kv_heads head", role="bias")
+            p |= {"q_bias": Spec((N, H), "heads head", role="bias"), "k_bias": b, "v_bias": b}
+        if self.out_bias:
+            p |= {"o_bias": Spec((D,), "_", role="bias")}
+        if self.qk_norm:
+            p |= {"q_norm": self.qk_norm.params(N * H if self.qk_norm_flat else H)}
+            p |= {"k_norm": self.qk_norm.params(K * H if self.qk_norm_flat else H)}
+        return p
+
+    def cache(self, D, B, S, dtype):
+        return kv_cache(B, S if self.window is None else min(S, self.window), self.kv_heads, self.head_dim, dtype)
+
+    def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
+        if cache is not None and ctx.segments is not None:
+            raise ValueError("a packed row cannot be decoded: give each document its own row, and positions of -1 to its padding")
+        q, k, v = (einsum("btd,dnh->btnh", x, p[w]) for w in ("q", "k", "v"))
+        if self.bias:
+            q, k, v = (y + p[f"{w}_bias"].astype(x.dtype) for w, y in (("q", q), ("k", k), ("v", v)))
+        if self.qk_norm:
+            q, k = self._norm(p["q_norm"], q, ctx), self._norm(p["k_norm"], k, ctx)
+        if self.position:
+            q, k = self.position.apply(q, ctx.positions), self.position.apply(k, ctx.positions)
+        k, v, kv_pos, cache = extend(cache, k, v, ctx.positions, self.window)
+        # the queries of a prefix look as far as its last token
+        q_pos = ctx.positions if ctx.prefix is None else jnp.maximum(ctx.positions, ctx.prefix - 1)
+        mask = self.mask if self.window is None else self.mask & Window(self.window)
+        keep = None
+        if self.weight_dropout and ctx.key is not None:
+            keep = keep_mask((x.shape[0], self.heads, x.shape[1], k.shape[1]), self.weight_dropout, ctx, stream=1)
+
+        def op(q, k, v, q_pos, kv_pos, q_seg, kv_seg, keep):
+            return attention(q, k, v, mask=mask, q_pos=q_pos, kv_pos=kv_pos, q_seg=q_seg, kv_seg=kv_seg, keep=keep,
+                             scale=self.scale, softcap=self.softcap, impl=ctx.run.kernels, chip=ctx.run.chip)  # fmt: skip
+
+        rows, keys = "batch seq act_heads _", "batch kv_seq act_kv_heads _"
+        ins = (rows, keys, keys, "batch seq", "batch kv_seq", "batch seq", "batch kv_seq", "batch act_heads seq kv_seq")
+        y = local(op, ins, rows, ctx.run)(q, k, v, q_pos, kv_pos, ctx.segments, ctx.segments, keep)
+        y = einsum("btnh,nhd->btd", y, p["o"])
+        return Out(dropout(y + p["o_bias"].astype(x.dtype) if self.out_bias else y, self.dropout, ctx), cache)
+
+    def _norm(self, p, x, ctx):
+        if not self.qk_norm_flat:
+            return self.qk_norm.apply(p, x, ctx).x
+        return self.qk_norm.apply(p, x.reshape(*x.shape[:2], -1), ctx).x.reshape(x.shape)

@@ -1,0 +1,87 @@
+"""Token in, logits out: embedding, a trunk of layers, a final norm and a head."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minllm.layer import Context, Layer, Out, add_losses, positions_of
+from minllm.layers.dropout import dropout
+from minllm.layers.norm import Norm, RMSNorm
+from minllm.layers.stack import Stack
+from minllm.sharding import constrain
+from minllm.spec import FanIn, Normal, Spec, Tree
+from minllm.weights import einsum, take
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model.
+
+    tied: the head is the embedding table. softcap: of the logits (Gemma 2). embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
+    dropout: of the embeddings.
+    """
+
+    vocab: int
+    D: int
+    trunk: tuple[Layer, ...]
+    norm: Norm = field(default_factory=RMSNorm)
+    tied: bool = False
+    softcap: float | None = None
+    embed_scale: float = 1.0
+    dropout: float = 0.0
+
+    def params(self) -> Tree:
+        p = {
+            "embed": Spec((self.vocab, self.D), "vocab embed", Normal(0.02), role="embedding"),
+            "trunk": tuple(layer.params(self.D) for layer in self.trunk),
+            "norm": self.norm.params(self.D),
+        }
+        return p if self.tied else p | {"head": Spec((self.D, self.vocab), "embed -> vocab", FanIn())}
+
+    def cache(self, B: int, S: int, dtype: Any = jnp.float32) -> Tree:
+        """The Specs of a decode cache for B rows of up to S tokens."""
+        return tuple(layer.cache(self.D, B, S, dtype) for layer in self.trunk)
+
+    def hidden(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context, cache: Tree = None) -> Out:
+        """The normed residual stream "B T D": what the head multiplies. Its dtype is that of the parameters."""
+        ctx = with_positions(ctx, tokens, cache)
+        table = p["embed"]
+        if isinstance(table, jax.Array):  # gathered first: a lookup in a sharded table is a surprise of communication
+            table = constrain(table, "_ _", ctx.run)
+        x = take(table, tokens) * self.embed_scale
+        x = constrain(dropout(x, self.dropout, ctx), "batch residual_seq act_embed", ctx.run)
+        depth, losses, caches, stats = 0, None, [], []
+        for i, layer in enumerate(self.trunk):
+            out = layer.apply(p["trunk"][i], x, ctx.replace(layer=depth), cache and cache[i])
+            x, losses = out.x, add_losses(losses, out.losses)
+            caches.append(out.cache)
+            stats.append(out.stats)
+            depth += len(layer.pattern) * layer.times if isinstance(layer, Stack) else 1
+        return Out(self.norm.apply(p["norm"], x, ctx).x, cache and tuple(caches), losses, tuple(stats))
+
+    def logits(self, p: Tree, h: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
+        y = einsum("btd,vd->btv", h, p["embed"]) if self.tied else einsum("btd,dv->btv", h, p["head"])
+        y = constrain(y, "batch seq act_vocab", ctx.run)
+        return y if self.softcap is None else self.softcap * jnp.tanh(y / self.softcap)
+
+    def apply(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context, cache: Tree = None) -> Out:
+        out = self.hidden(p, tokens, ctx, cache)
+        return out._replace(x=self.logits(p, out.x, ctx))
+
+    def update(self, p: Tree, stats: Any) -> Tree:
+        """The parameters after the updates that are not by gradient."""
+        return p | {"trunk": tuple(layer.update(q, s) for layer, q, s in zip(self.trunk, p["trunk"], stats))}
+
+
+def with_positions(ctx: Context, tokens: Int[Array, "B T"], cache: Tree) -> Context:
+    """Positions where the caller gave none: counted from 0, or from the start of each segment."""
+    if ctx.positions is not None:
+        return ctx
+    if cache is not None:
+        raise ValueError("a call with a cache needs ctx.positions: which tokens came before is known to the caller only")
+    if ctx.segments is not None:
+        return ctx.replace(positions=positions_of(ctx.segments))
+    return ctx.replace(positions=jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))

@@ -1,0 +1,118 @@
+"""Weights are array-likes with three consumers: `einsum`, `take`, `grouped`.
+
+A layer multiplies by a weight and never asks what it is. A plain array, a low-rank sum, a quantized block or another storage
+layout are leaf types: pytrees with an `einsum`, `take` or `grouped` method. Their metadata never holds the layer dim, so a leaf
+can be stacked, scanned over and split like the array that it stands for.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minllm.spec import Tree
+
+
+class Stacked(NamedTuple):
+    """The parameters of a `Stack`: for each layer of its pattern a tree whose leaves have a leading `layers` dim.
+
+    A Stack's parameters are one `Stacked`, or a list of them (runs of consecutive repetitions): `unstack` gives runs of one, for
+    unrolled decoding; `regroup` gives the longest runs whose leaves are of equal type.
+    """
+
+    pattern: tuple[Tree, ...]
+
+
+def einsum(eq: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
+    """x times a weight, in the dtype of x. The weight's letters that x has and the result lacks are its inputs."""
+    if isinstance(w, jax.Array | jax.ShapeDtypeStruct) or hasattr(w, "__jax_array__"):
+        return jnp.einsum(eq, x, w.astype(x.dtype))
+    return w.einsum(eq, x)
+
+
+def take(table: Any, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Rows of a table. The caller gathers a sharded table first: a lookup in a sharded table is a surprise of communication."""
+    return jnp.take(table, ids, axis=0) if isinstance(table, jax.Array) else table.take(ids)
+
+
+def grouped(x: Float[Array, "M D"], w: Any, sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
+    """Rows of x, sorted by group, times the matrix of their group: w is (E, D, F)."""
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes) if isinstance(w, jax.Array) else w.grouped(x, sizes)
+
+
+def letters(eq: str) -> tuple[str, str, str]:
+    """The terms of 'x,w->y'."""
+    x, w, y = re.fullmatch(r"(\w+),(\w+)->(\w+)", eq).groups()  # type: ignore[union-attr]
+    return x, w, y
+
+
+@flax.struct.dataclass
+class LowRank:
+    """w + scale * a b: LoRA (Hu et al. 2021, arXiv 2106.09685). a is (*inputs, R), b is (R, *outputs), in the weight's own dims."""
+
+    base: Any
+    a: Array
+    b: Array
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def einsum(self, eq: str, x: Array) -> Array:
+        xs, ws, ys = letters(eq)
+        inputs = "".join(c for c in ws if c in xs and c not in ys)
+        outputs = "".join(c for c in ws if c not in inputs)
+        low = "".join(c for c in xs if c not in inputs) + "R"
+        down = jnp.einsum(f"{xs},{inputs}R->{low}", x, self.a.astype(x.dtype))
+        return einsum(eq, x, self.base) + self.scale * jnp.einsum(f"{low},R{outputs}->{ys}", down, self.b.astype(x.dtype))
+
+
+@flax.struct.dataclass
+class OutFirst:
+    """The same matrix stored with its output dims first: what XLA:CPU multiplies by fastest at small batch."""
+
+    w: Array
+    inputs: int = flax.struct.field(pytree_node=False)  # how many dims of the plain weight come before its outputs
+
+    def einsum(self, eq: str, x: Array) -> Array:
+        xs, ws, ys = letters(eq)
+        return jnp.einsum(f"{xs},{ws[self.inputs :]}{ws[: self.inputs]}->{ys}", x, self.w.astype(x.dtype))
+
+
+def is_stacked(x: Any) -> bool:
+    return isinstance(x, Stacked)
+
+
+def as_runs(p: Stacked | list[Stacked]) -> list[Stacked]:
+    return [p] if is_stacked(p) else list(p)
+
+
+def repetitions(run: Stacked) -> int:
+    return jax.tree.leaves(run)[0].shape[0]
+
+
+def unstack(params: Tree) -> Tree:
+    """Every `Stacked` as a list of runs of one repetition: what decoding unrolls over, each layer its own arrays."""
+
+    def split(node):
+        if not is_stacked(node):
+            return node
+        return [jax.tree.map(lambda a: a[i : i + 1], node) for i in range(repetitions(node))]
+
+    return jax.tree.map(split, params, is_leaf=is_stacked)
+
+
+def regroup(runs: list[Stacked]) -> Stacked | list[Stacked]:
+    """Join consecutive runs whose leaves agree in type, dtype and shape; nothing is converted. One run comes back bare."""
+
+    def kind(run):
+        return jax.tree.structure(run), [(a.shape[1:], a.dtype) for a in jax.tree.leaves(run)]
+
+    groups: list[list[Stacked]] = []
+    for run in runs:
+        if groups and kind(groups[-1][0]) == kind(run):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    joined = [group[0] if len(group) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *group) for group in groups]
+    return joined[0] if len(joined) == 1 else joined
