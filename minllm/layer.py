@@ -20,22 +20,26 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from minllm.config import config
 from minllm.sharding import ALL, Rules
 from minllm.spec import Tree
 
 Remat = Literal["none", "full", "layer", "dots"]
 
 
-@dataclass(frozen=True)
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@config
 class Precision:
     """Who holds which dtype: `params` are stored and updated, `compute` is what matmuls see, `reduce` is what gradients add up in.
 
     Softmax, norms, losses and optimizer state are float32 whatever stands here.
     """
 
-    params: str = "float32"
-    compute: str = "float32"
-    reduce: str = "float32"
+    params: DType = "float32"
+    compute: DType = "float32"
+    reduce: DType = "float32"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Each row draws with its own seed, so that a prompt gives the same text in any ba
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minllm import spec
+from minllm.config import config
 from minllm.layer import Context, Execution
 from minllm.weights import unstack
 
 
-@dataclass(frozen=True)
+@config
 class Sampler:
     """How the next token is drawn: temperature 0 takes the likeliest; the filters apply in the order of the fields.
 

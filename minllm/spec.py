@@ -164,3 +164,14 @@ def stack(specs: Tree, times: int) -> Tree:
 def count(specs: Tree) -> int:
     """The number of parameters (buffers are none)."""
     return sum(s.size for s in jax.tree.leaves(specs, is_leaf=is_spec) if s.role != "buffer")
+
+
+def part(specs: Tree, tree: Tree) -> tuple[Tree, Tree]:
+    """(what is trained, what is not): the tree twice, with None where the leaf is in the other. Buffers are not trained."""
+    trained = tree_map(lambda s, x: None if s.role == "buffer" else x, specs, tree)
+    return trained, tree_map(lambda s, x: x if s.role == "buffer" else None, specs, tree)
+
+
+def join(a: Tree, b: Tree) -> Tree:
+    """The tree that `part` took apart."""
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)

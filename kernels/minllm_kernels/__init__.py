@@ -4,5 +4,6 @@ Depends on jax alone.
 """
 
 from minllm_kernels.ops.attention import attention
+from minllm_kernels.ops.cross_entropy import cross_entropy
 
-__all__ = ["attention"]
+__all__ = ["attention", "cross_entropy"]

@@ -1,6 +1,7 @@
 """Token in, logits out: embedding, a trunk of layers, a final norm and a head."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minllm.layer import Context, Layer, Out, add_losses, positions_of
+from minllm.layers.attention import Attention
 from minllm.layers.dropout import dropout
 from minllm.layers.norm import Norm, RMSNorm
 from minllm.layers.stack import Stack
 from minllm.sharding import constrain
-from minllm.spec import FanIn, Normal, Spec, Tree
+from minllm.spec import FanIn, Normal, Spec, Tree, is_spec
 from minllm.weights import einsum, take
 
 
@@ -62,6 +64,10 @@ class Decoder:
             depth += len(layer.pattern) * layer.times if isinstance(layer, Stack) else 1
         return Out(self.norm.apply(p["norm"], x, ctx).x, cache and tuple(caches), losses, tuple(stats))
 
+    def head(self, p: Tree) -> Float[Array, "D V"]:
+        """What the hidden state is multiplied by."""
+        return p["embed"].T if self.tied else p["head"]
+
     def logits(self, p: Tree, h: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
         y = einsum("btd,vd->btv", h, p["embed"]) if self.tied else einsum("btd,dv->btv", h, p["head"])
         y = constrain(y, "batch seq act_vocab", ctx.run)
@@ -70,6 +76,13 @@ class Decoder:
     def apply(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context, cache: Tree = None) -> Out:
         out = self.hidden(p, tokens, ctx, cache)
         return out._replace(x=self.logits(p, out.x, ctx))
+
+    def flops(self, T: int) -> float:
+        """Matmul FLOPs of training on one token of a row of T: 2 a weight forward and 4 backward, and in attention 2 a score and 2 a
+        value forward, twice that backward, over the keys that a causal query sees (half of T, or the window)."""
+        matrices = sum(s.size for s in jax.tree.leaves(self.params(), is_leaf=is_spec) if "->" in s.axes)
+        seen = sum(4 * a.heads * a.head_dim * _seen(T, a.window) for layer in self.trunk for a in _attentions(layer))
+        return 3.0 * (2 * (matrices + self.vocab * self.D * self.tied) + seen)
 
     def update(self, p: Tree, stats: Any) -> Tree:
         """The parameters after the updates that are not by gradient."""
@@ -85,3 +98,19 @@ def with_positions(ctx: Context, tokens: Int[Array, "B T"], cache: Tree) -> Cont
     if ctx.segments is not None:
         return ctx.replace(positions=positions_of(ctx.segments))
     return ctx.replace(positions=jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+
+
+def _attentions(layer: Any) -> Iterator[Attention]:
+    """Every attention layer inside a layer, as often as it runs."""
+    if isinstance(layer, Attention):
+        yield layer
+    elif is_dataclass(layer):
+        for inner in [getattr(layer, f.name) for f in fields(layer)]:
+            for part in inner if isinstance(inner, tuple) else (inner,):
+                yield from list(_attentions(part)) * (layer.times if isinstance(layer, Stack) else 1)
+
+
+def _seen(T: int, window: int | None) -> float:
+    """Keys that a query sees on average, itself included."""
+    w = min(T, window or T)
+    return (w * (w + 1) / 2 + (T - w) * w) / T

@@ -1,0 +1,213 @@
+"""One training step as a pure function: state' = step(state, batch).
+
+    cast the parameters (still sharded) -> gradients of each microbatch, added in float32 -> clip -> guard -> optimizer -> average
+
+`build` makes model, optimizer and step of a run; the trainer and the planner call the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from minllm import models, spec
+from minllm.layer import Context, Execution
+from minllm.lora import Adapted
+from minllm.run import Run
+from minllm.sharding import ALL, MESH_AXES, constrain, make_mesh, sharding, shardings
+from minllm.spec import Tree
+
+Batch = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is, beside its config and data.
+
+    step: how many batches were seen. params: what is trained, in float32 or as `precision.params` says; frozen: the other leaves of the
+    model. average: the moving average of the parameters, None without one. key: never changes; each step folds its number into it. norm: the moving average of the gradient norm
+    that spikes are measured against, 0 before the first step.
+    """
+
+    step: Int[Array, ""]
+    params: Tree
+    frozen: Tree
+    opt_state: Tree
+    average: Tree
+    key: Key[Array, ""]
+    norm: Float[Array, ""]
+
+
+def init_state(model: Any, transform: optax.GradientTransformation, run: Run, key: Key[Array, ""]) -> TrainState:
+    specs = model.params()
+    params, frozen = spec.part(specs, spec.init(specs, key, jnp.dtype(run.precision.params)))
+    average = jax.tree.map(lambda a: a.astype(jnp.float32), params) if run.average else None
+    return TrainState(jnp.int32(0), params, frozen, transform.init(params), average, jax.random.fold_in(key, 1), jnp.float32(0.0))
+
+
+def abstract_state(model: Any, transform: optax.GradientTransformation, run: Run, execution: Execution) -> TrainState:
+    """Shapes, dtypes and, with a mesh, shardings of the whole state. Optimizer leaves shaped like a parameter are sharded like it."""
+    state = jax.eval_shape(lambda: init_state(model, transform, run, jax.random.key(0)))
+    if execution.mesh is None:
+        return state
+    mesh, specs = execution.mesh, model.params()
+    trained, frozen = spec.part(specs, shardings(specs, mesh, execution.rules))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    moments = optax.tree_utils.tree_map_params(
+        transform, lambda leaf, param, place: place if leaf.shape == param.shape else whole, state.opt_state, state.params, trained,
+        transform_non_params=lambda leaf: whole,
+    )  # fmt: skip
+    places = TrainState(whole, trained, frozen, moments, trained if run.average else None, whole, whole)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
+
+
+def make_step(model: Any, transform: optax.GradientTransformation, run: Run, execution: Execution) -> Callable:
+    """step(state, batch) -> (state, metrics): pure, to be jitted with the state donated."""
+    compute, reduce = jnp.dtype(execution.precision.compute), jnp.dtype(execution.precision.reduce)
+
+    def total(params, frozen, batch, whole, key):
+        """The objective of one microbatch: each sum over the weight of the whole batch, so that microbatches add up."""
+        ctx = Context(key=key, rows=batch["rows"], run=execution)
+        losses, stats = run.objective.losses(model, spec.join(params, frozen), batch, ctx)
+        M = execution.microbatches
+        parts = {name: s / (whole if name in ("loss", "z_loss") else jnp.maximum(w, 1e-9) * M) for name, (s, w) in losses.items()}
+        return sum(parts.values()), (parts, stats)
+
+    def gradients(params, frozen, batch, key):
+        whole = jnp.maximum(run.objective.weight(batch), 1e-9)
+        batch = batch | {"rows": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
+        grad = jax.grad(total, has_aux=True)
+        if execution.microbatches == 1:
+            grads, (parts, stats) = grad(params, frozen, batch, whole, key)
+            return jax.tree.map(lambda g: g.astype(reduce), grads), parts, stats
+
+        def one(sums, piece):
+            grads, aux = grad(params, frozen, piece, whole, key)
+            return jax.tree.map(lambda s, g: s + g.astype(reduce), sums, grads), aux
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, reduce), params)
+        grads, (parts, stats) = jax.lax.scan(one, zeros, split(batch, execution))
+        return grads, jax.tree.map(lambda a: a.sum(0), parts), jax.tree.map(lambda a: a.mean(0), stats)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        # cast while still sharded: the gathers of FSDP then move the compute dtype
+        params, frozen = (jax.tree.map(lambda p: p.astype(compute), tree) for tree in (state.params, state.frozen))
+        grads, parts, stats = gradients(params, frozen, batch, jax.random.fold_in(state.key, state.step))
+        norm = optax.global_norm(grads)
+        if run.clip is not None:
+            shrink = jnp.minimum(1.0, run.clip / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        spike = (state.norm > 0) & (norm > run.spike * state.norm) if run.spike else jnp.bool_(False)
+        skip = ~jnp.isfinite(norm) | ~jnp.isfinite(sum(parts.values())) | spike
+
+        lr = run.optimizer.lr * run.schedule(state.step, run.steps)
+        directions, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, directions)
+        params = spec.part(model.params(), model.update(spec.join(params, state.frozen), stats))[0]
+        average = state.average
+        if run.average:  # Polyak: decay min(d, (1 + t) / (10 + t)), so that the first values do not linger
+            decay = jnp.minimum(run.average, (1.0 + state.step) / (10.0 + state.step))
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p.astype(a.dtype), average, params)
+        keep = jnp.where(state.norm > 0, 0.98 * state.norm + 0.02 * norm, norm)
+        new = TrainState(state.step, params, state.frozen, opt_state, average, state.key, keep)
+        # a skipped step changes nothing but its number: the next batch is another one
+        new = jax.tree.map(lambda a, b: jnp.where(skip, b, a) if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else b, new, state)
+        metrics = {**parts, "grad_norm": norm, "lr": lr, "skipped": skip, "weight": run.objective.weight(batch)}
+        metrics["layer_grad_norms"] = layer_norms(grads)
+        return new.replace(step=state.step + 1), metrics
+
+    return step
+
+
+def split(batch: Batch, execution: Execution) -> Batch:
+    """A batch as (microbatches, rows, ...), each microbatch spread over all devices that hold rows."""
+    M = execution.microbatches
+
+    def one(a):  # row i goes to microbatch i mod M: no device has to give rows away
+        rows = a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1)
+        return constrain(rows, "_ batch seq" if a.ndim == 2 else "_ batch", execution)
+
+    return jax.tree.map(one, batch)
+
+
+def layer_norms(grads: Tree) -> dict[str, Array]:
+    """The norm of the gradient of each parameter; of a stacked one, of each layer."""
+    out = {}
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        name = spec.path_name(path)
+        axes = tuple(range(1, g.ndim)) if "/pattern/" in name else None
+        out[name] = jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axes))
+    return out
+
+
+def make_evaluation(model: Any, run: Run, execution: Execution) -> Callable:
+    """evaluate(params, frozen, batch) -> {"loss": (sum, weight)}: the plain objective, without dropout or what is added to aim."""
+    compute = jnp.dtype(execution.precision.compute)
+
+    def evaluate(params: Tree, frozen: Tree, batch: Batch) -> dict[str, Any]:
+        params = jax.tree.map(lambda p: p.astype(compute), spec.join(params, frozen))
+        return run.objective.losses(model, params, batch, Context(run=execution), aim=False)[0]
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run made ready to compile: what the trainer and the planner share."""
+
+    run: Run
+    model: Any
+    execution: Execution
+    transform: optax.GradientTransformation
+    state: TrainState  # abstract, with shardings
+
+    def step(self) -> Callable:
+        return jax.jit(make_step(self.model, self.transform, self.run, self.execution), donate_argnums=0)
+
+    def init(self, key: Key[Array, ""]) -> TrainState:
+        """The initial state, made where it belongs."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.state) if self.execution.mesh is not None else None
+        return jax.jit(lambda key: init_state(self.model, self.transform, self.run, key), out_shardings=where)(key)
+
+    def batch(self, rows: int, T: int) -> Batch:
+        """The abstract batch of a step."""
+        kinds = dict(tokens=jnp.int32, targets=jnp.int32, segments=jnp.int32, positions=jnp.int32, weights=jnp.float32)
+        where = self.place((rows, T))
+        return {name: jax.ShapeDtypeStruct((rows, T), kind, sharding=where) for name, kind in kinds.items()}
+
+    def place(self, shape: tuple[int, int]) -> jax.sharding.NamedSharding | None:
+        mesh = self.execution.mesh
+        return None if mesh is None else sharding(mesh, self.execution.rules, "batch seq", shape)
+
+
+def build(run: Run, vocab: int, devices: list[jax.Device] | None = None) -> Built:
+    """Model, execution and optimizer of a run, checked against each other. Raises ValueError before anything is compiled."""
+    devices = jax.devices() if devices is None else devices
+    args = {"vocab": vocab, **run.model.args}
+    if args["vocab"] < vocab:
+        raise ValueError(f"model.args.vocab is {args['vocab']}, but the tokenizer has {vocab} tokens; leave it out or raise it to {vocab}")
+    model = models.build(run.model.family, run.model.preset, **args)
+    model = model if run.lora is None else Adapted(model, run.lora)
+    sizes = {axis: getattr(run.mesh, axis) for axis in MESH_AXES}
+    mesh = make_mesh(devices, **sizes)
+    scan = devices[0].platform != "cpu" if run.scan is None else run.scan
+    execution = Execution(None if mesh.size == 1 else mesh, ALL, run.kernels, run.remat, scan, run.microbatches, run.precision)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for step, rows in run.ramp().stages:
+        if rows % (run.microbatches * shards):
+            least = run.microbatches * shards
+            raise ValueError(
+                f"batch of {rows} rows (from step {step}) does not divide into {run.microbatches} microbatches over {shards} devices "
+                f"(mesh data x fsdp); use a multiple of {least}, such as {-(-rows // least) * least}"
+            )
+    if run.data.length % mesh.shape["context"]:
+        raise ValueError(f"data.length {run.data.length} does not divide over mesh.context={mesh.shape['context']}")
+    transform = run.optimizer.transform(spec.part(model.params(), model.params())[0])
+    return Built(run, model, execution, transform, abstract_state(model, transform, run, execution))

@@ -1,0 +1,410 @@
+"""Train a model: python -m minllm.train --config FILE [key.sub=value ...]
+
+A run folder holds everything: the resolved config, checkpoints, metrics, the loss curve. The same command continues it.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minllm.config import ConfigError, Loaded, dump, explain, flatten, load, schema
+
+# What a resumed run may change: how it runs, what it reports, how long and in which batches; not what it learns from, or how.
+FREE = ("out", "steps", "batch", "microbatches", "mesh", "kernels", "remat", "scan", "checkpoints", "evaluations", "samples", "metrics",
+        "init_from", "compilation_cache", "data.cache")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minllm.train", description="Train a model, or continue a run.")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file; without one, the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings in place of the file's")
+    parser.add_argument("--explain", action="store_true", help="print every setting, its value and where it came from, and stop")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a config file, for editors, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="compile one step, print its memory, and stop")
+    parser.add_argument("--restart", action="store_true", help="delete what the run folder holds of an earlier run, and begin again")
+    parser.add_argument("--profile", metavar="A:B", type=_range, default=range(0), help="trace steps A to B-1 with jax.profiler")
+    args = parser.parse_args(argv)
+
+    from minllm.run import Run
+
+    try:
+        if args.schema:
+            print(json.dumps(schema(Run), indent=2))
+            return 0
+        loaded = load(Run, args.config, args.overrides)
+        if args.explain:
+            from rich.console import Console
+
+            Console().print(explain(loaded))
+            return 0
+        trainer = Trainer(loaded, args.restart)
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        print(trainer.memory())
+        return 0
+    from minllm.checkpoint import SaveError
+
+    try:
+        trainer.train(args.profile)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _range(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, such as 10:13")
+    return range(int(first), int(last))
+
+
+class Trainer:
+    """A run made ready. Raises ValueError for whatever the user can mend, before anything is compiled."""
+
+    def __init__(self, loaded: Loaded, restart: bool = False):
+        import jax  # what answers --help, a wrong key or --explain does not wait for it
+
+        from minllm import checkpoint, metrics
+        from minllm.data import prepare
+        from minllm.step import build
+
+        self.goodput = metrics.Goodput()
+        self.run, self.out = loaded.value, Path(loaded.value.out)
+        if self.run.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", self.run.compilation_cache)
+        if restart and self.out.exists():
+            for old in (self.out / "checkpoints", self.out / "metrics.jsonl", self.out / "tensorboard"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        saves = self.run.checkpoints
+        self.checkpoints = checkpoint.Checkpointer(self.out, saves.keep, "min" if saves.best else None, saves.save_async)
+        self.restored = self.checkpoints.latest()
+        extra = {} if self.restored is None else checkpoint.read_extra(self.out, self.restored)
+        with _progress() as progress:
+            self.data = prepare(self.run.data, progress)
+        self.built = build(self.run, self.data.tokenizer.vocab_size)
+        self._same_run(extra)
+        self.ramp = self.run.ramp(extra and {"step": self.restored, "stages": extra["stages"]})
+        hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+        self.loader = self.data.loader(self.ramp, seed=self.run.seed, **hosts)
+        batch = self.run.evaluations.batch or self.ramp.size_of(0)
+        held_out = self.data.stats["held_out"].tokens > 0
+        self.some = self.data.evaluation(batch, rows=self.run.evaluations.rows, **hosts) if held_out else None
+        self.whole = self.data.evaluation(batch, **hosts) if held_out else None
+        self.start = self._source()
+        (self.out / "config.yaml").write_text(dump(self.run))
+        self.data.tokenizer.save(self.out / "tokenizer")
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        self._compile_time: float | None = None
+        self._mark = time.monotonic()
+        self._evaluate = None
+
+    def _same_run(self, extra: dict[str, Any]) -> None:
+        """A run folder goes on as what it is."""
+        if not extra:
+            return
+        mine, way = flatten(self.run), f"give another `out` than {self.out}, or --restart to begin again"
+        if extra["tokenizer"] != self.data.tokenizer.hash:
+            raise ValueError(f"the tokenizer is not the one this run began with (hash {extra['tokenizer'][:12]}); {way}")
+        changed = [key for key in {**extra["config"], **mine} if extra["config"].get(key) != mine.get(key)
+                   and not any(key == free or key.startswith(free + ".") for free in FREE)]  # fmt: skip
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"the run in {self.out} has {key} = {extra['config'].get(key)!r}, now it is {mine.get(key)!r}"
+                f"{f' (and {len(changed) - 1} more settings differ)' if len(changed) > 1 else ''}; {way}"
+            )
+        if extra["data"] != self.data.identity:
+            raise ValueError(f"the data is not what this run began with: its text or order has changed; {way}")
+
+    def _source(self) -> Any:
+        """Where the first state comes from: this run's checkpoint, another's parameters, or a fresh start. Checked, not yet read."""
+        from minllm import checkpoint
+
+        if self.restored is not None or self.run.init_from is None:
+            return None
+        folder = Path(self.run.init_from)
+        step = int(folder.name) if folder.name.isdecimal() and folder.parent.name == "checkpoints" else None
+        folder = folder.parent.parent if step is not None else folder
+        if not folder.exists() or checkpoint.latest(folder) is None:
+            raise ValueError(f"init_from {self.run.init_from!r} holds no minllm checkpoint; give a run folder or one of its checkpoints/N")
+        theirs = checkpoint.read_extra(folder, step)["tokenizer"]
+        if theirs != self.data.tokenizer.hash:
+            raise ValueError(f"init_from {folder} was trained with another tokenizer (hash {theirs[:12]}, this run's is {self.data.tokenizer.hash[:12]}); "
+                             f"use data.tokenizer of {folder / 'config.yaml'}")  # fmt: skip
+        return folder, step
+
+    # --- state ------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> Any:
+        """The state to go on from, every leaf checked."""
+        import jax
+
+        from minllm import checkpoint, spec
+
+        if self.restored is not None:
+            return self.checkpoints.restore(self.built.state, self.restored)[0]
+        state = self.built.init(jax.random.key(self.run.seed))
+        if self.start is None:
+            return state
+        folder, step = self.start
+        model = self.built.model if self.run.lora is None else self.built.model.model
+        plain = self.built.state.params if self.run.lora is None else _placed(model, self.built)
+        params = checkpoint.restore(folder, plain, step, under="params")[0]
+        if self.run.lora is None:
+            return state.replace(params=params)
+        adapted = self.run.lora.wrap(model.params(), params, jax.random.key(self.run.seed))
+        trained, frozen = spec.part(self.built.model.params(), adapted)
+        return state.replace(params=trained, frozen=frozen)
+
+    def save(self, step: int, state: Any, metric: float | None = None) -> None:
+        extra = {
+            "config": flatten(self.run), "tokenizer": self.data.tokenizer.hash, "data": self.data.identity,
+            "stages": [list(stage) for stage in self.ramp.stages], "samples": self.ramp.start_of(step), "seed": self.run.seed,
+        }  # fmt: skip
+        with self.goodput.during("checkpoint"):
+            self.checkpoints.save(step, state, extra, metric)
+
+    # --- programs ---------------------------------------------------------------------------------------------------------
+
+    def step_of(self, shape: tuple[int, ...]) -> Any:
+        """The compiled step for batches of a shape: once for each shape, of which there are as many as stages of the ramp."""
+        if shape not in self.compiled:
+            began = time.monotonic()
+            with self.goodput.during("compile"):
+                self.compiled[shape] = self.built.step().lower(self.built.state, self.built.batch(*shape)).compile()
+            self._mark, self._compile_time = time.monotonic(), time.monotonic() - began
+        return self.compiled[shape]
+
+    def put(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """This host's rows as part of the global batch."""
+        import jax
+
+        rows, T = batch["tokens"].shape
+        where = self.built.place((rows * jax.process_count(), T))
+        if where is None:
+            return jax.device_put(batch)
+        return {name: jax.make_array_from_process_local_data(where, a) for name, a in batch.items()}
+
+    def memory(self) -> str:
+        """One compiled step and what it holds."""
+        rows = self.ramp.size_of(self.restored or 0)
+        began = time.monotonic()
+        m = self.step_of((rows, self.run.data.length)).memory_analysis()
+        size = lambda n: f"{n / 2**20:,.1f} MiB"  # noqa: E731
+        return (f"one step of {rows} x {self.run.data.length} tokens, compiled in {time.monotonic() - began:.1f} s, on each device: "
+                f"arguments {size(m.argument_size_in_bytes)} (of which {size(m.alias_size_in_bytes)} become the new state), "
+                f"temporaries {size(m.temp_size_in_bytes)}, outputs {size(m.output_size_in_bytes - m.alias_size_in_bytes)}")  # fmt: skip
+
+    def evaluate(self, state: Any, windows: Any) -> dict[str, float]:
+        """Loss over held-out windows: of the averaged parameters where there is an average."""
+        import jax
+
+        from minllm.step import make_evaluation
+
+        if self._evaluate is None:
+            self._evaluate = jax.jit(make_evaluation(self.built.model, self.run, self.built.execution))
+        params = state.params if state.average is None else state.average
+        total, weight = 0.0, 0.0
+        with self.goodput.during("evaluation"):
+            for batch in windows:
+                s, w = self._evaluate(params, state.frozen, self.put(batch))["loss"]
+                total, weight = total + float(s), weight + float(w)
+        loss = total / weight
+        per_byte = loss * windows.tokens / max(windows.bytes, 1)
+        return {"eval/loss": loss, "eval/nats_per_byte": per_byte, "eval/bits_per_byte": per_byte / 0.6931471805599453}
+
+    def texts(self, state: Any) -> Iterator[str]:
+        """A sample for each prompt."""
+        from minllm import spec
+        from minllm.sample import sample
+
+        ask, tokenizer = self.run.samples, self.data.tokenizer
+        if not ask.prompts:
+            return
+        params = spec.join(state.params if state.average is None else state.average, state.frozen)
+        prompts = [_ids(tokenizer, prompt) for prompt in ask.prompts]
+        stop = () if tokenizer.eos is None else (tokenizer.eos,)
+        with self.goodput.during("evaluation"):
+            drawn = sample(self.built.model, params, prompts, ask.tokens, sampler=ask.sampler, stop=stop, run=self.built.execution)
+        for prompt, tokens in zip(ask.prompts, drawn):
+            yield prompt + tokenizer.decode(tokens)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------------
+
+    def train(self, profile: range = range(0)) -> dict[str, float]:
+        """To the last step, or to a signal: SIGTERM and SIGINT finish the step, save and return. The last evaluation."""
+        import jax
+
+        from minllm import metrics
+
+        run, found = self.run, {}
+        log = metrics.Metrics.open(self.out, run.metrics, total=run.steps, restored=self.restored, settings=flatten(run))
+        begin = self.restored or 0
+        log.note(self.banner())
+        with _signals() as stopped, log, self.checkpoints, self.loader.batches(begin) as batches:
+            state, step, pending = self.state(), begin, None
+            while step < run.steps and not stopped:
+                if step in profile[:1]:
+                    jax.profiler.start_trace(str(self.out / "profile"))
+                with self.goodput.during("data"):
+                    batch = self.put(next(batches))
+                program = self.step_of(batch["tokens"].shape)
+                with self.goodput.during("step"):
+                    state, values = program(state, batch)
+                    step += 1
+                    if pending:  # the step before is read while this one runs: devices never wait for the host
+                        self._report(log, *pending)
+                    pending = step, values, batch["tokens"].shape
+                if step - 1 in profile[-1:]:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    log.note(f"trace of steps {profile[0]} to {profile[-1]} written to {self.out / 'profile'}")
+                if step == run.steps:
+                    break
+                evaluates = self.some is not None and step % run.evaluations.every == 0
+                if evaluates or step % run.checkpoints.every == 0:
+                    self.save(step, state)  # before the evaluation: if that fails, nothing is lost
+                if evaluates:
+                    found = self.evaluate(state, self.some)
+                    log.write(step, found)
+                    self.checkpoints.rate(step, found["eval/loss"])
+                if step % run.samples.every == 0:
+                    for text in self.texts(state):
+                        log.note(text)
+            if pending:
+                with self.goodput.during("step"):
+                    self._report(log, *pending)
+            self.save(step, state)
+            if stopped:
+                self.checkpoints.wait()
+                log.note(f"stopped by {stopped[0]} after step {step}; the same command continues from there")
+                return found
+            if self.whole and step > begin:
+                found = self.evaluate(state, self.whole)
+                log.write(step, found)
+                self.checkpoints.rate(step, found["eval/loss"])
+            for text in self.texts(state):
+                log.note(text)
+            log.note(self.summary(step, found))
+        if "jsonl" in run.metrics:
+            metrics.draw(self.out / "metrics.jsonl", self.out / "loss.png", self.out.name)
+        return found
+
+    def _report(self, log: Any, step: int, values: dict[str, Any], shape: tuple[int, int]) -> None:
+        """One step's line. Waits until the step is done."""
+        import jax
+
+        from minllm import metrics
+
+        values = jax.device_get(values)
+        now, tokens = time.monotonic(), shape[0] * shape[1]
+        took, self._mark = now - self._mark, now
+        shares = self.goodput.shares()
+        line = {name: float(value) for name, value in values.items() if name not in ("layer_grad_norms", "skipped")}
+        line |= {
+            "tokens": tokens, "samples": self.ramp.start_of(step), "step_time": took, "tokens_per_second": tokens / took,
+            "data_wait": shares.get("data", 0.0), "goodput": shares["goodput"], "layer_grad_norms": {name: norms.tolist() for name, norms in values["layer_grad_norms"].items()},
+            "mfu": metrics.mfu(self.built.model.flops(shape[1]), tokens / took, jax.devices()),
+        }  # fmt: skip
+        if self._compile_time is not None:
+            line["compile_time"], self._compile_time = self._compile_time, None
+        if values["skipped"]:
+            line["skipped"] = True
+            rows = range(self.ramp.start_of(step - 1), self.ramp.start_of(step))
+            why = f"gradient norm {line['grad_norm']:.3g}, loss {line['loss']:.3g}"
+            log.note(f"step {step} was skipped ({why}): nothing was learned from samples {rows[0]} to {rows[-1]}")
+        log.write(step, line)
+
+    def banner(self) -> str:
+        """What is about to happen, in a few lines."""
+        import jax
+
+        from minllm import spec
+
+        specs = self.built.model.params()
+        trained, whole = spec.count(specs), sum(s.size for s in jax.tree.leaves(specs, is_leaf=spec.is_spec))
+        stats, mesh = self.data.stats, self.built.execution.mesh
+        sizes = {a: n for a, n in mesh.shape.items() if n > 1} if mesh else {}
+        where = f"{jax.device_count()} x {jax.devices()[0].device_kind}" + (f", mesh {sizes}" if sizes else "")
+        begin = "continued after" if self.restored else "from"
+        frozen = f" of {whole:,}" if whole != trained else ""
+        return (
+            f"{self.out}: {self.run.model.family}, {trained:,}{frozen} trained parameters, on {where}\n"
+            f"{stats['train'].tokens:,} training tokens in {stats['train'].documents:,} documents, {stats['held_out'].tokens:,} held out; "
+            f"{self.run.steps:,} steps, {begin} step {self.restored or 0}"
+        )
+
+    def summary(self, step: int, found: dict[str, float]) -> str:
+        shares = self.goodput.shares()
+        where = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda kv: -kv[1]) if share >= 0.005)
+        loss = f"held-out loss {found['eval/loss']:.4f} nats/token, {found['eval/nats_per_byte']:.4f} nats/byte; " if found else ""
+        return f"step {step}: {loss}time went to {where}; checkpoint, metrics and loss.png are in {self.out}"
+
+
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as a document begins: an empty one is the end of the document before."""
+    ids = tokenizer.encode(prompt).tolist()
+    first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    return ids or [0 if first is None else first]
+
+
+def _placed(model: Any, built: Any) -> Any:
+    """The abstract parameters of a model, placed as the run places its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from minllm import spec
+    from minllm.sharding import sharding
+
+    mesh, rules, dtype = built.execution.mesh, built.execution.rules, jnp.dtype(built.run.precision.params)
+    return spec.tree_map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype, sharding=mesh and sharding(mesh, rules, s.axes, s.shape)), model.params()
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """A list that a first SIGTERM or SIGINT puts its name into; a second SIGINT interrupts as usual."""
+    caught: list[str] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar for the work that is done once: reading, training a tokenizer, tokenising."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total or None)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
