@@ -50,6 +50,7 @@ class Execution:
     remat: what the backward pass recomputes: nothing ("none"), every repetition of a stack's pattern from its input ("full"), every layer
         from its own input ("layer"), all but the results of matmuls with weights ("dots").
     scan: one `lax.scan` over stacked layers, or unrolled.
+    layout: how weights lie for matmuls: as declared, or as matrices (`weights.Matrix`), which a CPU multiplies by faster.
     microbatches: pieces that a batch is split into; gradients add up in `precision.reduce`.
     """
 
@@ -58,6 +59,7 @@ class Execution:
     kernels: Literal["auto", "reference", "tpu", "gpu"] = "auto"
     remat: Remat = "none"
     scan: bool = True
+    layout: Literal["plain", "matrix"] = "plain"
     microbatches: int = 1
     precision: Precision = field(default_factory=Precision)
 
@@ -68,8 +70,7 @@ class Execution:
         return device.device_kind if device else None
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
     """What a layer needs beside its input. Only its arrays cross into a `shard_map`; the Context never does.
 
     positions: of each token in its document; negative: no token, never attended to and never written to a cache.

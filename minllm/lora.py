@@ -21,8 +21,8 @@ from minllm.weights import LowRank
 
 @config
 class LoRA:
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
     targets: str = Field(r"/(q|k|v|o|gate|up|down)$", description="a regular expression on the paths of weights")
 
     def specs(self, specs: Tree) -> Tree:
@@ -35,7 +35,7 @@ class LoRA:
                 return frozen
             found.append(path)
             loose, inputs, outputs = s.matrix
-            take = lambda dims: (tuple(s.shape[i] for i in dims), " ".join(s.names[i] for i in dims))  # noqa: E731
+            take = lambda dims: (tuple(s.shape[i] for i in dims), " ".join(s.names[i] for i in dims))
             (l, lw), (i, iw), (o, ow) = take(loose), take(inputs), take(outputs)
             down = Spec((*l, *i, self.rank), f"{lw} {iw} -> _", Normal(prod(i) ** -0.5))
             up = Spec((*l, self.rank, *o), f"{lw} _ -> {ow}", Constant(0.0))

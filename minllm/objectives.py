@@ -7,13 +7,13 @@ whole batch, so that neither changes the gradient (masked tokens count for nothi
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from minllm_kernels import cross_entropy
 from pydantic import Field
 
 from minllm.config import config
 from minllm.layer import Context, Losses, add_losses
 from minllm.sharding import local
 from minllm.spec import Tree
+from minllm_kernels import cross_entropy
 
 Batch = dict[str, Any]
 
@@ -26,8 +26,8 @@ class NextToken:
     """
 
     kind: Literal["next_token"] = "next_token"
-    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing: the share of the target spread over the vocabulary")
-    z_loss: float = Field(0.0, ge=0, description="times the square of the log-sum-exp, which keeps logits from drifting (PaLM: 1e-4)")
+    smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing: the share of the target spread over the vocabulary")
+    z_loss: float = Field(default=0.0, ge=0, description="times the square of the log-sum-exp, against drifting logits (PaLM: 1e-4)")
 
     def weight(self, batch: Batch) -> Any:
         return batch["weights"].astype(jnp.float32).sum()

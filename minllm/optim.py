@@ -4,6 +4,7 @@ A transform here turns gradients into directions of unit learning rate; the step
 is a function of the step alone and never a hidden counter.
 """
 
+from math import prod
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -25,11 +26,11 @@ class AdamW:
     """Loshchilov & Hutter 2017, arXiv 1711.05101: Adam with decay that is not divided by the second moment. decay = 0 is Adam."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    decay: float = Field(0.1, ge=0)
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate")
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    decay: float = Field(default=0.1, ge=0)
     decay_embeddings: bool = False
 
     def transform(self, specs: Tree) -> optax.GradientTransformation:
@@ -42,10 +43,10 @@ class SGD:
     """Gradient descent with (Nesterov) momentum."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
-    decay: float = Field(0.0, ge=0)
+    decay: float = Field(default=0.0, ge=0)
 
     def transform(self, specs: Tree) -> optax.GradientTransformation:
         decay = optax.add_decayed_weights(self.decay, decays(specs, False))
@@ -57,11 +58,11 @@ class Adafactor:
     """Shazeer & Stern 2018, arXiv 1804.04235: a factored second moment, O(rows + columns) memory."""
 
     kind: Literal["adafactor"] = "adafactor"
-    lr: float = Field(1e-2, gt=0)
-    decay_rate: float = Field(0.8, gt=0, lt=1)
-    clipping: float = Field(1.0, gt=0)
-    least_dim: int = Field(128, ge=1, description="dims smaller than this are not factored")
-    decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-2, gt=0)
+    decay_rate: float = Field(default=0.8, gt=0, lt=1)
+    clipping: float = Field(default=1.0, gt=0)
+    least_dim: int = Field(default=128, ge=1, description="dims smaller than this are not factored")
+    decay: float = Field(default=0.0, ge=0)
 
     def transform(self, specs: Tree) -> optax.GradientTransformation:
         return optax.chain(
@@ -77,10 +78,10 @@ class Lion:
     """Chen et al. 2023, arXiv 2302.06675: the sign of an interpolated momentum."""
 
     kind: Literal["lion"] = "lion"
-    lr: float = Field(1e-4, gt=0)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.99, ge=0, lt=1)
-    decay: float = Field(1.0, ge=0)
+    lr: float = Field(default=1e-4, gt=0)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.99, ge=0, lt=1)
+    decay: float = Field(default=1.0, ge=0)
     decay_embeddings: bool = False
 
     def transform(self, specs: Tree) -> optax.GradientTransformation:
@@ -98,25 +99,34 @@ class Muon:
     """
 
     kind: Literal["muon"] = "muon"
-    lr: float = Field(0.02, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
+    lr: float = Field(default=0.02, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     nesterov: bool = True
-    steps: int = Field(5, ge=1)
+    steps: int = Field(default=5, ge=1)
     match_rms: bool = False
-    decay: float = Field(0.0, ge=0)
+    decay: float = Field(default=0.0, ge=0)
     adam: AdamW = AdamW(lr=3e-3, decay=0.0)
 
     def transform(self, specs: Tree) -> optax.GradientTransformation:
-        def dims(spec: Spec):
-            matrix = spec.role == "weight" and "->" in spec.axes and "vocab" not in spec.names
-            return contrib.MuonDimensionNumbers(spec.matrix[1], spec.matrix[2]) if matrix else None
+        def direction(spec: Spec, x: Any) -> Any:
+            if isinstance(x, optax.MaskedNode):
+                return x
+            _, inputs, outputs = spec.matrix
+            into, out = (prod(spec.shape[i] for i in dims) for dims in (inputs, outputs))
+            # optax's Muon without its momentum, which is bias-corrected and so mixes Nesterov's first steps otherwise than the papers
+            muon = contrib.scale_by_muon(
+                ns_steps=self.steps, beta=0.0, nesterov=False, weight_dimension_numbers=contrib.MuonDimensionNumbers(inputs, outputs)
+            )
+            return muon.update(x, muon.init(x))[0] * (0.2 * max(into, out) ** 0.5 if self.match_rms else max(1.0, out / into) ** 0.5)
 
-        muon = contrib.muon(
-            1.0, ns_steps=self.steps, beta=self.momentum, nesterov=self.nesterov, weight_decay=self.decay, mu_dtype=jnp.float32,
-            adam_b1=self.adam.b1, adam_b2=self.adam.b2, adam_weight_decay=self.adam.decay, adam_learning_rate=self.adam.lr / self.lr,
-            muon_weight_dimension_numbers=tree_map(dims, specs), consistent_rms=0.2 if self.match_rms else None,
-        )  # fmt: skip
-        return optax.chain(muon, optax.scale(-1.0))  # optax descends by itself; the step does it here
+        matrices = optax.chain(
+            optax.trace(self.momentum, self.nesterov, accumulator_dtype=jnp.float32),
+            optax.stateless(lambda updates, _: tree_map(direction, specs, updates)),
+            optax.add_decayed_weights(self.decay),
+        )
+        adam = optax.chain(self.adam.transform(specs), optax.scale(self.adam.lr / self.lr))
+        is_matrix = lambda s: s.role == "weight" and "->" in s.axes and "vocab" not in s.names
+        return optax.partition({"muon": matrices, "adam": adam}, tree_map(lambda s: "muon" if is_matrix(s) else "adam", specs))
 
 
 Optimizer = AdamW | SGD | Adafactor | Lion | Muon
@@ -131,15 +141,15 @@ class Schedule:
     """
 
     shape: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
-    warmup: int = Field(100, ge=0, description="steps from 0 to the peak")
-    floor: float = Field(0.1, ge=0, le=1, description="where the decay ends, as a share of the peak")
-    decay: float = Field(0.2, gt=0, le=1, description="wsd: the share of all steps in which the rate falls")
-    cooldown: Literal["linear", "sqrt"] = Field("linear", description="wsd: how the rate falls; sqrt is 1 - sqrt(progress)")
+    warmup: int = Field(default=100, ge=0, description="steps from 0 to the peak")
+    floor: float = Field(default=0.1, ge=0, le=1, description="where the decay ends, as a share of the peak")
+    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: the share of all steps in which the rate falls")
+    cooldown: Literal["linear", "sqrt"] = Field(default="linear", description="wsd: how the rate falls; sqrt is 1 - sqrt(progress)")
 
     def __call__(self, step: Any, steps: int) -> Any:
         """The share at `step` (from 0) of a run of `steps`."""
-        t = jnp.asarray(step, jnp.float32)
-        up = jnp.minimum((t + 1) / max(self.warmup, 1), 1.0) if self.warmup else jnp.float32(1.0)
+        t = jnp.asarray(step, float)
+        up = jnp.minimum((t + 1) / max(self.warmup, 1), 1.0)
         after = jnp.clip((t - self.warmup) / max(steps - self.warmup, 1), 0, 1)
         if self.shape == "cosine":
             down = self.floor + (1 - self.floor) * 0.5 * (1 + jnp.cos(jnp.pi * after))

@@ -3,7 +3,9 @@
 Each row draws with its own seed, so that a prompt gives the same text in any batch; a filter is a pure function of logits.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -76,13 +78,13 @@ def sample(
 ) -> list[list[int]]:
     """The tokens that follow each prompt: at most `max_tokens`, ending before the first of `stop`.
 
-    seeds: one a prompt, or one for all, from which row i draws with seed + i. Raises ValueError for an empty prompt or a token outside
-    the vocabulary.
+    seeds: one a prompt, or one for all, from which row i draws with seed + i. Raises ValueError for an empty prompt, a token outside the
+    vocabulary or another number of seeds than of prompts.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("every prompt needs at least one token; begin an empty one with the tokenizer's bos or eos token")
-    if (worst := max(max(p) for p in prompts)) >= model.vocab or min(min(p) for p in prompts) < 0:
-        raise ValueError(f"prompts hold token {worst}, the vocabulary has {model.vocab}; was another tokenizer used?")
+    if foreign := [token for p in prompts for token in p if not 0 <= token < model.vocab]:
+        raise ValueError(f"prompts hold token {foreign[0]}, the vocabulary has {model.vocab}; was another tokenizer used?")
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     longest = max(len(p) for p in prompts)
@@ -92,6 +94,13 @@ def sample(
         tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
     if isinstance(seeds, int):
         seeds = range(seeds, seeds + len(prompts))
+    if len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one a prompt, or one number for all")
+    # a mesh cannot share out one token at a time, nor always a few prompts: each device then decodes all rows
+    rules = replace(run.rules, seq=None, residual_seq=None)
+    if run.mesh is not None and len(prompts) % math.prod(run.mesh.shape[axis] for axis in rules.mesh_axes("batch")):
+        rules = replace(rules, batch=None)
+    run = replace(run, rules=rules)
     out, lengths = _generate(model, unstack(params), jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(list(seeds)),
                              max_tokens, sampler, tuple(stop), run, cache_dtype)  # fmt: skip
     return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths))]

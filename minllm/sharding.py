@@ -46,8 +46,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [a for a, n in sizes.items() if n == -1]
     if len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
-        raise ValueError(f"mesh {sizes} needs a multiple of {known} devices and one axis of -1 at most, but there are {len(devices)} devices; "
-                         f"make the sizes multiply to {len(devices)}")  # fmt: skip
+        raise ValueError(
+            f"mesh {sizes} needs a multiple of {known} devices and one axis of -1 at most, but there are {len(devices)} devices; "
+            f"make the sizes multiply to {len(devices)}"
+        )
     shape = tuple(len(devices) // known if sizes.get(a) == -1 else sizes.get(a, 1) for a in MESH_AXES)
     if devices[0].platform == "cpu":  # simulated devices have no topology to optimise for
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
@@ -167,10 +169,11 @@ def local(op: Callable, ins: tuple[str, ...], outs: Any, run: Execution) -> Call
                 full[i] = part
             return op(*full)
 
-        shapes = jax.eval_shape(body, *given)
-        is_axes = lambda x: isinstance(x, str)  # noqa: E731
-        out_specs = jax.tree.map(lambda axes, s: rules.partition(mesh, axes, s.shape), outs, shapes, is_leaf=is_axes)
+        # before the op is traced: what does not divide is said in the words of the rules
         in_specs = tuple(rules.partition(mesh, ins[i], x.shape) for i, x in zip(here, given))
+        shapes = jax.eval_shape(body, *given)
+        is_axes = lambda x: isinstance(x, str)
+        out_specs = jax.tree.map(lambda axes, s: rules.partition(mesh, axes, s.shape), outs, shapes, is_leaf=is_axes)
         # check_vma=False: kernels would have to declare the varying axes of their outputs
         return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*given)
 

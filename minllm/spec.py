@@ -144,8 +144,9 @@ def init(specs: Tree, key: Key[Array, ""], dtype: Any = jnp.float32) -> Tree:
         kind = spec.dtype or dtype
         if spec.names[:1] != ("layers",):
             return spec.init(own, spec, kind)
-        one = replace(spec, shape=spec.shape[1:], axes=spec.axes.split(maxsplit=1)[1] if len(spec.shape) > 1 else "")
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(spec.shape[0]))
+        times, *dims = spec.shape
+        one = replace(spec, shape=tuple(dims), axes=spec.axes.removeprefix("layers").strip())
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(times))
         return jax.vmap(lambda k: spec.init(k, one, kind))(keys)
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)

@@ -23,17 +23,17 @@ from minllm.lora import Adapted
 from minllm.run import Run
 from minllm.sharding import ALL, MESH_AXES, constrain, make_mesh, sharding, shardings
 from minllm.spec import Tree
+from minllm.weights import prepare
 
 Batch = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a run is, beside its config and data.
 
-    step: how many batches were seen. params: what is trained, in float32 or as `precision.params` says; frozen: the other leaves of the
-    model. average: the moving average of the parameters, None without one. key: never changes; each step folds its number into it. norm: the moving average of the gradient norm
-    that spikes are measured against, 0 before the first step.
+    step: how many batches were seen. params: what is trained, in float32 or as `precision.params` says; frozen: the other leaves of
+    the model. average: the moving average of the parameters, None without one. key: never changes; each step folds its number into it.
+    norm: the moving average of the gradient norm that spikes are measured against, 0 before the first step.
     """
 
     step: Int[Array, ""]
@@ -75,7 +75,8 @@ def make_step(model: Any, transform: optax.GradientTransformation, run: Run, exe
     def total(params, frozen, batch, whole, key):
         """The objective of one microbatch: each sum over the weight of the whole batch, so that microbatches add up."""
         ctx = Context(key=key, rows=batch["rows"], run=execution)
-        losses, stats = run.objective.losses(model, spec.join(params, frozen), batch, ctx)
+        params = prepare(spec.join(params, frozen), model.params(), execution)
+        losses, stats = run.objective.losses(model, params, batch, ctx)
         M = execution.microbatches
         parts = {name: s / (whole if name in ("loss", "z_loss") else jnp.maximum(w, 1e-9) * M) for name, (s, w) in losses.items()}
         return sum(parts.values()), (parts, stats)
@@ -153,6 +154,7 @@ def make_evaluation(model: Any, run: Run, execution: Execution) -> Callable:
 
     def evaluate(params: Tree, frozen: Tree, batch: Batch) -> dict[str, Any]:
         params = jax.tree.map(lambda p: p.astype(compute), spec.join(params, frozen))
+        params = prepare(params, model.params(), execution)
         return run.objective.losses(model, params, batch, Context(run=execution), aim=False)[0]
 
     return evaluate
@@ -168,8 +170,10 @@ class Built:
     transform: optax.GradientTransformation
     state: TrainState  # abstract, with shardings
 
-    def step(self) -> Callable:
-        return jax.jit(make_step(self.model, self.transform, self.run, self.execution), donate_argnums=0)
+    def compile(self, rows: int, T: int) -> jax.stages.Compiled:
+        """The step for batches of `rows` rows of `T` tokens, with the state donated."""
+        step = jax.jit(make_step(self.model, self.transform, self.run, self.execution), donate_argnums=0)
+        return step.lower(self.state, self.batch(rows, T)).compile()
 
     def init(self, key: Key[Array, ""]) -> TrainState:
         """The initial state, made where it belongs."""
@@ -197,8 +201,17 @@ def build(run: Run, vocab: int, devices: list[jax.Device] | None = None) -> Buil
     model = model if run.lora is None else Adapted(model, run.lora)
     sizes = {axis: getattr(run.mesh, axis) for axis in MESH_AXES}
     mesh = make_mesh(devices, **sizes)
-    scan = devices[0].platform != "cpu" if run.scan is None else run.scan
-    execution = Execution(None if mesh.size == 1 else mesh, ALL, run.kernels, run.remat, scan, run.microbatches, run.precision)
+    cpu = devices[0].platform == "cpu"
+    execution = Execution(
+        mesh=None if mesh.size == 1 else mesh,
+        rules=ALL,
+        kernels=run.kernels,
+        remat=run.remat,
+        scan=not cpu if run.scan is None else run.scan,
+        layout="matrix" if cpu and mesh.size == 1 else "plain",
+        microbatches=run.microbatches,
+        precision=run.precision,
+    )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for step, rows in run.ramp().stages:
         if rows % (run.microbatches * shards):

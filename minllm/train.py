@@ -139,8 +139,10 @@ class Trainer:
             raise ValueError(f"init_from {self.run.init_from!r} holds no minllm checkpoint; give a run folder or one of its checkpoints/N")
         theirs = checkpoint.read_extra(folder, step)["tokenizer"]
         if theirs != self.data.tokenizer.hash:
-            raise ValueError(f"init_from {folder} was trained with another tokenizer (hash {theirs[:12]}, this run's is {self.data.tokenizer.hash[:12]}); "
-                             f"use data.tokenizer of {folder / 'config.yaml'}")  # fmt: skip
+            raise ValueError(
+                f"init_from {folder} was trained with another tokenizer (hash {theirs[:12]}, this run's is "
+                f"{self.data.tokenizer.hash[:12]}); use data.tokenizer of {folder / 'config.yaml'}"
+            )
         return folder, step
 
     # --- state ------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Trainer:
         if shape not in self.compiled:
             began = time.monotonic()
             with self.goodput.during("compile"):
-                self.compiled[shape] = self.built.step().lower(self.built.state, self.built.batch(*shape)).compile()
+                self.compiled[shape] = self.built.compile(*shape)
             self._mark, self._compile_time = time.monotonic(), time.monotonic() - began
         return self.compiled[shape]
 
@@ -200,7 +202,7 @@ class Trainer:
         rows = self.ramp.size_of(self.restored or 0)
         began = time.monotonic()
         m = self.step_of((rows, self.run.data.length)).memory_analysis()
-        size = lambda n: f"{n / 2**20:,.1f} MiB"  # noqa: E731
+        size = lambda n: f"{n / 2**20:,.1f} MiB"
         return (f"one step of {rows} x {self.run.data.length} tokens, compiled in {time.monotonic() - began:.1f} s, on each device: "
                 f"arguments {size(m.argument_size_in_bytes)} (of which {size(m.alias_size_in_bytes)} become the new state), "
                 f"temporaries {size(m.temp_size_in_bytes)}, outputs {size(m.output_size_in_bytes - m.alias_size_in_bytes)}")  # fmt: skip
@@ -313,7 +315,8 @@ class Trainer:
         line = {name: float(value) for name, value in values.items() if name not in ("layer_grad_norms", "skipped")}
         line |= {
             "tokens": tokens, "samples": self.ramp.start_of(step), "step_time": took, "tokens_per_second": tokens / took,
-            "data_wait": shares.get("data", 0.0), "goodput": shares["goodput"], "layer_grad_norms": {name: norms.tolist() for name, norms in values["layer_grad_norms"].items()},
+            "data_wait": shares.get("data", 0.0), "goodput": shares["goodput"],
+            "layer_grad_norms": {name: norms.tolist() for name, norms in values["layer_grad_norms"].items()},
             "mfu": metrics.mfu(self.built.model.flops(shape[1]), tokens / took, jax.devices()),
         }  # fmt: skip
         if self._compile_time is not None:

@@ -2,18 +2,22 @@
 
 A layer multiplies by a weight and never asks what it is. A plain array, a low-rank sum, a quantized block or another storage
 layout are leaf types: pytrees with an `einsum`, `take` or `grouped` method. Their metadata never holds the layer dim, so a leaf
-can be stacked, scanned over and split like the array that it stands for.
+can be stacked, scanned over and split like the array that it stands for; their fields hold Specs or shardings as well as arrays.
 """
 
 import re
-from typing import Any, NamedTuple
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minllm.spec import Tree
+from minllm.spec import Tree, tree_map
+
+if TYPE_CHECKING:
+    from minllm.layer import Execution
 
 
 class Stacked(NamedTuple):
@@ -28,9 +32,14 @@ class Stacked(NamedTuple):
 
 def einsum(eq: str, x: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
     """x times a weight, in the dtype of x. The weight's letters that x has and the result lacks are its inputs."""
-    if isinstance(w, jax.Array | jax.ShapeDtypeStruct) or hasattr(w, "__jax_array__"):
+    if isinstance(w, jax.Array):
         return jnp.einsum(eq, x, w.astype(x.dtype))
     return w.einsum(eq, x)
+
+
+def as_array(w: Any) -> Array:
+    """The plain array that a weight stands for, where an op asks for one."""
+    return w if isinstance(w, jax.Array) else w.array()
 
 
 def take(table: Any, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -49,13 +58,12 @@ def letters(eq: str) -> tuple[str, str, str]:
     return x, w, y
 
 
-@flax.struct.dataclass
-class LowRank:
+class LowRank(flax.struct.PyTreeNode):
     """w + scale * a b: LoRA (Hu et al. 2021, arXiv 2106.09685). a is (*inputs, R), b is (R, *outputs), in the weight's own dims."""
 
     base: Any
-    a: Array
-    b: Array
+    a: Any
+    b: Any
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def einsum(self, eq: str, x: Array) -> Array:
@@ -63,20 +71,66 @@ class LowRank:
         inputs = "".join(c for c in ws if c in xs and c not in ys)
         outputs = "".join(c for c in ws if c not in inputs)
         low = "".join(c for c in xs if c not in inputs) + "R"
-        down = jnp.einsum(f"{xs},{inputs}R->{low}", x, self.a.astype(x.dtype))
-        return einsum(eq, x, self.base) + self.scale * jnp.einsum(f"{low},R{outputs}->{ys}", down, self.b.astype(x.dtype))
+        down = einsum(f"{xs},{inputs}R->{low}", x, self.a)
+        return einsum(eq, x, self.base) + self.scale * einsum(f"{low},R{outputs}->{ys}", down, self.b)
 
 
-@flax.struct.dataclass
-class OutFirst:
+class OutFirst(flax.struct.PyTreeNode):
     """The same matrix stored with its output dims first: what XLA:CPU multiplies by fastest at small batch."""
 
-    w: Array
+    w: Any
     inputs: int = flax.struct.field(pytree_node=False)  # how many dims of the plain weight come before its outputs
 
     def einsum(self, eq: str, x: Array) -> Array:
         xs, ws, ys = letters(eq)
         return jnp.einsum(f"{xs},{ws[self.inputs :]}{ws[: self.inputs]}->{ys}", x, self.w.astype(x.dtype))
+
+
+class Matrix(flax.struct.PyTreeNode):
+    """The same weight as (inputs, outputs), multiplied as two dims by two dims forward and backward: XLA:CPU copies an operand of every
+    other product, and of the weight's gradient the wider one. `dims` are the plain weight's inputs and outputs."""
+
+    w: Any
+    dims: tuple[tuple[int, ...], tuple[int, ...]] = flax.struct.field(pytree_node=False)
+
+    def array(self) -> Array:
+        return self.w.reshape(*self.w.shape[:-2], *self.dims[0], *self.dims[1])
+
+    def einsum(self, eq: str, x: Array) -> Array:
+        xs, ws, ys = letters(eq)
+        inputs, outputs = self.dims
+        rows = xs[: len(xs) - len(inputs)]
+        if xs != rows + ws[: len(inputs)] or ys != rows + ws[len(inputs) :]:
+            return jnp.einsum(eq, x, self.array().astype(x.dtype))
+        shape = x.shape[: len(rows)]
+        return _matmul(x.reshape(-1, self.w.shape[-2]), self.w.astype(x.dtype)).reshape(*shape, *outputs)
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    return x @ w
+
+
+def _matmul_backward(saved, dy):
+    x, w = saved
+    return dy @ w.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+
+
+_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+
+
+def prepare(params: Tree, specs: Tree, run: "Execution") -> Tree:
+    """The layout that the run multiplies by fastest. Made inside the step, or once before decoding; checkpoints never see it."""
+    if run.layout == "plain":
+        return params
+
+    def leaf(spec, w):
+        if spec.role != "weight" or "->" not in spec.axes or "experts" in spec.names:
+            return w
+        loose, inputs, outputs = (tuple(w.shape[i] for i in part) for part in spec.matrix)
+        return Matrix(w.reshape(*loose, prod(inputs), prod(outputs)), (inputs, outputs))
+
+    return tree_map(leaf, specs, params)
 
 
 def is_stacked(x: Any) -> bool:
@@ -95,11 +149,12 @@ def unstack(params: Tree) -> Tree:
     """Every `Stacked` as a list of runs of one repetition: what decoding unrolls over, each layer its own arrays."""
 
     def split(node):
-        if not is_stacked(node):
+        if not in_runs(node):
             return node
-        return [jax.tree.map(lambda a: a[i : i + 1], node) for i in range(repetitions(node))]
+        return [jax.tree.map(lambda a: a[i : i + 1], run) for run in as_runs(node) for i in range(repetitions(run))]
 
-    return jax.tree.map(split, params, is_leaf=is_stacked)
+    in_runs = lambda node: is_stacked(node) or (isinstance(node, list) and all(map(is_stacked, node)))
+    return jax.tree.map(split, params, is_leaf=in_runs)
 
 
 def regroup(runs: list[Stacked]) -> Stacked | list[Stacked]:

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-from minllm_kernels.mask import Causal, Dilated, Full, Global, Prefix, Window
 
 from minllm import spec
 from minllm.layer import Context, Layer
@@ -22,6 +21,7 @@ from minllm.layers.residual import Parallel, PostNorm, PreNorm, ReorderedNorm, S
 from minllm.layers.stack import Stack
 from minllm.models.llama import llama3
 from minllm.models.transformer import Decoder
+from minllm_kernels.mask import Causal, Dilated, Full, Global, Prefix, Window
 
 D = 32
 
@@ -90,7 +90,8 @@ EXAMPLES = {
     "softcap": Example(attention(softcap=2.0, scale=0.5)),
     "window": Example(attention(window=5)),
     "dilated": Example(attention(mask=Causal() & Dilated(2))),
-    "prefix": Example(attention(mask=Causal() | Prefix(6)), causal="the prefix sees itself both ways", splits="a prefix must come in one piece"),
+    "prefix": Example(attention(mask=Causal() | Prefix(6)), causal="the prefix sees itself both ways",
+                      splits="a prefix must come in one piece"),
     "bidirectional": Example(attention(mask=Full()), causal=WHOLE, splits=WHOLE),
     "local_global": Example(attention(mask=Window(3, 3) | Global(1)), causal="windows look both ways", splits="windows look both ways"),
     **{f"rope_{name}": Example(attention(position=rope)) for name, rope in dict(
@@ -104,7 +105,8 @@ EXAMPLES = {
                             rows_independent="the base follows the longest row", splits="keys keep the base they were written with",
                             packs="the base follows the longest document"),
     "rope_long": Example(attention(position=Rope(scaling=LongRopeScaling((1.0,) * 4, (4.0,) * 4, 4.0, 8))),
-                         rows_independent="the factors follow the longest row", splits="keys keep the factors they were written with", packs="the factors follow the longest document"),
+                         rows_independent="the factors follow the longest row", splits="keys keep the factors they were written with",
+                         packs="the factors follow the longest document"),
     # around the residual stream
     "pre_norm": Example(PreNorm(attention())),
     "post_norm": Example(PostNorm(attention(), LayerNorm())),
@@ -118,6 +120,7 @@ EXAMPLES = {
     # models
     "llama": Example(llama3(D=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=64)),
     "llama_tied_dropout": Example(llama3(D=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=64, tied=True, dropout=0.1)),
-    "gemma_like": Example(Decoder(64, 32, (Stack((SandwichNorm(attention(window=4)), SandwichNorm(GLU(48, gelu_tanh)), SandwichNorm(attention())), 1),),
-                                  tied=True, softcap=30.0, embed_scale=32**0.5)),
+    "gemma_like": Example(Decoder(
+        64, 32, (Stack((SandwichNorm(attention(window=4)), SandwichNorm(GLU(48, gelu_tanh)), SandwichNorm(attention())), 1),),
+        tied=True, softcap=30.0, embed_scale=32**0.5)),
 }  # fmt: skip

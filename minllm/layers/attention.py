@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from minllm_kernels import attention
-from minllm_kernels.mask import Causal, Mask, Window
 
 from minllm.layer import Context, Layer, Out
 from minllm.layers.dropout import dropout, keep_mask
@@ -21,6 +19,8 @@ from minllm.layers.position import Rope
 from minllm.sharding import local
 from minllm.spec import FanIn, Init, Spec
 from minllm.weights import einsum
+from minllm_kernels import attention
+from minllm_kernels.mask import Causal, Mask, Window
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class LayerNorm(Layer):
         h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + self.eps)
-        y = h * (p["scale"] + self.unit_offset)
+        y = h * (p["scale"].astype(h.dtype) + self.unit_offset)
         return Out((y + p["bias"] if self.bias else y).astype(x.dtype))
 
 

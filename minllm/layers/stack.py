@@ -68,7 +68,8 @@ class Stack(Layer):
         runs, done = [], 0
         for run in as_runs(p):
             part = jax.tree.map(lambda a: a[done : done + repetitions(run)], stats)
-            runs.append(Stacked(tuple(jax.vmap(f.update)(q, s) if jax.tree.leaves(s) else q for f, q, s in zip(self.pattern, run.pattern, part))))
+            new = (jax.vmap(f.update)(q, s) if jax.tree.leaves(s) else q for f, q, s in zip(self.pattern, run.pattern, part))
+            runs.append(Stacked(tuple(new)))
             done += repetitions(run)
         return runs if isinstance(p, list) else runs[0]
 

@@ -15,7 +15,7 @@ from minllm.layers.norm import Norm, RMSNorm
 from minllm.layers.stack import Stack
 from minllm.sharding import constrain
 from minllm.spec import FanIn, Normal, Spec, Tree, is_spec
-from minllm.weights import einsum, take
+from minllm.weights import as_array, einsum, take
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,18 @@ class Decoder:
         x = constrain(dropout(x, self.dropout, ctx), "batch residual_seq act_embed", ctx.run)
         depth, losses, caches, stats = 0, None, [], []
         for i, layer in enumerate(self.trunk):
-            out = layer.apply(p["trunk"][i], x, ctx.replace(layer=depth), cache and cache[i])
+            stacked = isinstance(layer, Stack)  # a stack folds the index of each of its layers into the key itself
+            key = ctx.key if stacked or ctx.key is None else jax.random.fold_in(ctx.key, depth)
+            out = layer.apply(p["trunk"][i], x, ctx.replace(layer=depth, key=key), cache and cache[i])
             x, losses = out.x, add_losses(losses, out.losses)
             caches.append(out.cache)
             stats.append(out.stats)
-            depth += len(layer.pattern) * layer.times if isinstance(layer, Stack) else 1
+            depth += len(layer.pattern) * layer.times if stacked else 1
         return Out(self.norm.apply(p["norm"], x, ctx).x, cache and tuple(caches), losses, tuple(stats))
 
     def head(self, p: Tree) -> Float[Array, "D V"]:
         """What the hidden state is multiplied by."""
-        return p["embed"].T if self.tied else p["head"]
+        return p["embed"].T if self.tied else as_array(p["head"])
 
     def logits(self, p: Tree, h: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
         y = einsum("btd,vd->btv", h, p["embed"]) if self.tied else einsum("btd,dv->btv", h, p["head"])

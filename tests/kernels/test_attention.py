@@ -15,7 +15,7 @@ from minllm_kernels import attention
 from minllm_kernels.dispatch import Branch
 from minllm_kernels.mask import Causal, Chunk, Dilated, Full, Global, Mask, Prefix, Strided, Window
 from minllm_kernels.ops import attention as op
-from minllm_kernels.ops.attention import chunked
+from minllm_kernels.ops.attention import chunked, cpu
 
 # What each mask says, in plain Python: q and k are single positions.
 SEES = {
@@ -28,13 +28,15 @@ SEES = {
     Causal() & Strided(8, 2): lambda q, k: k <= q and (k % 8 >= 6 or q // 8 == k // 8),
     Causal() & Chunk(10): lambda q, k: k <= q and q // 10 == k // 10,
 }
+IMPLS = ("reference", "xla", "cpu")
 DIFFERENTIABLE = ("q", "k", "v", "sinks", "bias")
 
 
 @dataclass(frozen=True)
 class Case:
-    """positions: plain (0, 1, ...), last (the queries are the last tokens), ring (keys in any order, some missing, in one row all).
-    bias: its first two dims. block: of the chunked form; None where it cannot serve the case. half: values that bfloat16 can hold."""
+    """positions: plain (0, 1, ...), last (the queries are the last tokens), ring (keys in any order, some missing, in one row all),
+    shuffled (queries and keys alike). bias: its first two dims. block: of the forms that go block by block; None where they cannot serve
+    the case. half: values that bfloat16 can hold."""
 
     T: int = 37
     S: int | None = None
@@ -67,6 +69,8 @@ class Case:
         x["q_pos"], x["kv_pos"] = np.tile(np.arange(T), (B, 1)), np.tile(np.arange(S), (B, 1))
         if self.positions == "last":
             x["q_pos"] += S - T
+        if self.positions == "shuffled":
+            x["q_pos"] = x["kv_pos"] = random.permuted(x["q_pos"], axis=1)
         if self.positions == "ring":
             x["kv_pos"] = random.permuted(x["kv_pos"], axis=1)
             x["kv_pos"][random.random((B, S)) < 0.3] = -1
@@ -175,6 +179,7 @@ CASES = {
     "cross": Case(T=21, S=40, mask=Full(), K=1),
     "ring": Case(T=20, S=37, positions="ring"),
     "ring_full": Case(T=20, S=37, positions="ring", mask=Full(), softcap=3.0),
+    "shuffled": Case(positions="shuffled"),
     "bias": Case(T=15, bias=(1, 1), block=None),
     "bias_of_heads": Case(T=15, bias=(1, 4), softcap=2.0, block=None),
     "bias_of_rows": Case(T=15, bias=(2, 1), sinks=True, block=None),
@@ -182,7 +187,7 @@ CASES = {
     "dropout": Case(T=15, keep=True, block=None),
     "dropout_bias_sinks": Case(T=15, keep=True, bias=(1, 4), sinks=True, softcap=2.0, K=1, block=None),
 }
-BOTH = [pytest.param(n, i, id=f"{n}-{i}") for n, case in CASES.items() for i in ("reference", "xla") if i == "reference" or case.block]
+BOTH = [pytest.param(n, i, id=f"{n}-{i}") for n, case in CASES.items() for i in IMPLS if i == "reference" or case.block]
 
 
 @pytest.fixture
@@ -190,9 +195,10 @@ def blocks(monkeypatch):
     """Blocks of a given size for any length, however short."""
 
     def use(size):
-        monkeypatch.setattr(chunked, "BLOCK", size)
-        monkeypatch.setitem(op.FORWARD, "xla", Branch(chunked.forward))
-        monkeypatch.setitem(op.BACKWARD, "xla", Branch(chunked.backward))
+        for impl, module in (("xla", chunked), ("cpu", cpu)):
+            monkeypatch.setattr(module, "BLOCK", size)
+            monkeypatch.setitem(op.FORWARD, impl, Branch(module.forward))
+            monkeypatch.setitem(op.BACKWARD, impl, Branch(module.backward))
 
     return use
 
@@ -243,7 +249,7 @@ def test_error_is_at_most_twice_that_of_the_formula_in_the_same_precision(name, 
         assert rms(a - x) <= 2 * rms(b - x) + (one / 2 * rms(x) if what == "sinks" else 0), what
 
 
-@pytest.mark.parametrize("impl", ["reference", "xla"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_rows_that_see_nothing_are_zero_and_send_no_gradient(impl, blocks):
     blocks(16)
     case = CASES["nothing_seen"]
@@ -253,7 +259,7 @@ def test_rows_that_see_nothing_are_zero_and_send_no_gradient(impl, blocks):
         assert not grads[name][0].any() and grads[name][1].any(), name
 
 
-@pytest.mark.parametrize("impl", ["reference", "xla"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_large_logits(impl, blocks):
     """Whole numbers up to 10,000, exact in float32. The value is as exact as small ones; the gradient recomputes exp(s - lse) from an lse
     of size 10,000, whose last bit is 1e-3 (measured: half of it), as in every flash attention."""
@@ -275,19 +281,20 @@ def test_large_logits(impl, blocks):
         assert np.abs(np.asarray(a) - b.numpy()).max() <= 1e-3 * max(b.abs().max(), 1)
 
 
-def test_block_size_changes_nothing_but_rounding(blocks):
+@pytest.mark.parametrize("impl", ["xla", "cpu"])
+def test_block_size_changes_nothing_but_rounding(impl, blocks):
     case = CASES["sinks_softcap_window_segments"]
     with jax.enable_x64(True):
         results = []
-        for size in (7, 16, 25, 64):
+        for size in (7, 25, 64):
             blocks(size)
-            results.append(case.ours(jnp.float64, "xla"))
+            results.append(case.ours(jnp.float64, impl))
     for other in results[1:]:
         for what, a, b in pairs(other, results[0]):
             assert np.abs(a - b).max() <= 1e-12, what
 
 
-@pytest.mark.parametrize("impl", ["reference", "xla"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_every_transformation(impl, blocks):
     """jit, vmap, checkpoint and shard_map give what plain calls give, differentiated too: 1e-6, a few roundings of float32."""
     blocks(8)
@@ -321,14 +328,15 @@ def test_every_transformation(impl, blocks):
     assert jnp.abs(loss(q, k, v, pos) - plain[0]).max() <= 1e-6 * plain[0].max()
 
 
-def test_memory_of_the_chunked_form_is_linear_in_the_length():
+@pytest.mark.parametrize("impl", ["xla", "auto"])
+def test_memory_is_linear_in_a_long_length(impl):
     """As compiled at the real block size: twice the length takes at most twice the memory (a [T, S] array would take four times)."""
 
     def temporary(T, f):
         x = [jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)]
         return jax.jit(f).lower(*x).compile().memory_analysis().temp_size_in_bytes
 
-    forward = lambda q, k, v, pos: attention(q, k, v, q_pos=pos, kv_pos=pos, impl="xla")
+    forward = lambda q, k, v, pos: attention(q, k, v, q_pos=pos, kv_pos=pos, impl=impl)
     both = jax.grad(lambda *x: forward(*x).sum(), (0, 1, 2))
     for f in (forward, both):
         short, long = temporary(2048, f), temporary(4096, f)
@@ -379,13 +387,25 @@ def test_empty_slots_of_a_cache_are_skipped(blocks, monkeypatch):
     assert len(seen) == 2
 
 
-def test_auto_on_cpu_is_chunked_when_long_and_whole_when_short_or_biased():
-    def text(T, **more):
-        x, pos = jnp.zeros((1, T, 1, 4)), jnp.zeros((1, T), jnp.int32)
-        return jax.jit(lambda x: attention(x, x, x, q_pos=pos, kv_pos=pos, **more)).lower(x).as_text()
+@pytest.mark.parametrize("order, ordered", [("plain", True), ("packed", True), ("shuffled", False), ("ring", False)])
+def test_a_cpu_leaves_out_the_keys_behind_a_block_where_the_row_is_in_order(order, ordered, blocks, monkeypatch):
+    """Counted while it runs: the keys that each block of 16 queries is multiplied by."""
+    blocks(16)
+    seen, scores = [], cpu._scores
 
-    assert "while" in text(1536)
-    assert "while" not in text(512) and "while" not in text(1536, bias=jnp.zeros((1, 1, 1536, 1536)))
+    def counted(q, k, *args):
+        jax.debug.callback(lambda n=k.shape[1]: seen.append(n))
+        return scores(q, k, *args)
+
+    monkeypatch.setattr(cpu, "_scores", counted)
+    x, pos, seg = jnp.ones((1, 64, 1, 4)), np.arange(64), None
+    if order == "packed":
+        pos, seg = pos % 40, jnp.asarray(pos // 40 + 1, jnp.int32)[None]
+    q_pos = jnp.asarray(pos[::-1].copy() if order == "shuffled" else pos, jnp.int32)[None]
+    kv_pos = jnp.roll(q_pos, 5, 1) if order == "ring" else q_pos
+    jax.block_until_ready(jax.jit(lambda x: attention(x, x, x, q_pos=q_pos, kv_pos=kv_pos, q_seg=seg, kv_seg=seg, impl="cpu"))(x))
+    jax.effects_barrier()
+    assert sorted(seen) == ([16, 32, 48, 64] if ordered else [64] * 4)
 
 
 @pytest.mark.parametrize("change, message", [

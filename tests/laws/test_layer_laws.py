@@ -142,13 +142,13 @@ def test_law_7_precision(name):
         y = ex.apply(p, x).x.astype(jnp.float32)
         return (y * jax.random.normal(jax.random.key(3), y.shape)).sum(), y
 
-    low = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)  # noqa: E731
+    low = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
     # the values compared are those that bfloat16 can hold: rounding the inputs is no error of the layer
     full = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, low((p, x)))
     grad = jax.jit(jax.grad(loss, has_aux=True))
     (g16, y16), (g32, y32) = grad(*low((p, x))), grad(*full)
     assert ex.apply(*low((p, x))).x.dtype == jnp.bfloat16
-    distance = lambda a, b: float(jnp.linalg.norm((a - b).astype(jnp.float32).ravel()) / jnp.linalg.norm(b.ravel()))  # noqa: E731
+    distance = lambda a, b: float(jnp.linalg.norm((a - b).astype(jnp.float32).ravel()) / jnp.linalg.norm(b.ravel()))
     assert distance(y16, y32) <= 1e-2 * (1 if not isinstance(ex.layer, Decoder) else 1.5)
     for a, b in zip(jax.tree.leaves(g16), jax.tree.leaves(g32)):
         assert distance(a, b) <= 3e-2

@@ -61,23 +61,22 @@ class Pair:
     @property
     def ours(self):
         scaling = Llama3Scaling(original=128) if self.scaled else None
-        return llama3(self.D, self.layers, self.heads, self.kv_heads, self.hidden, VOCAB, self.theta, scaling, self.head_dim, self.window, self.tied)
+        return llama3(self.D, self.layers, self.heads, self.kv_heads, self.hidden, VOCAB, self.theta, scaling, self.head_dim,
+                      window=self.window, tied=self.tied)  # fmt: skip
 
     @cached_property
     def theirs(self):
         rope = {"rope_theta": self.theta, **(SCALING if self.scaled else {"rope_type": "default"})}
         shape = dict(hidden_size=self.D, num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-                     head_dim=self.head_dim, intermediate_size=self.hidden, vocab_size=VOCAB, tie_word_embeddings=self.tied, rms_norm_eps=1e-5,
-                     rope_parameters=rope, max_position_embeddings=1024, use_cache=False)  # fmt: skip
+                     head_dim=self.head_dim, intermediate_size=self.hidden, vocab_size=VOCAB, tie_word_embeddings=self.tied,
+                     rms_norm_eps=1e-5, rope_parameters=rope, max_position_embeddings=1024, use_cache=False)  # fmt: skip
         torch.manual_seed(0)
         if self.window is None:
             model = LlamaForCausalLM(LlamaConfig(**shape))
         else:
             model = MistralForCausalLM(MistralConfig(**shape, sliding_window=self.window))
-        for name, p in model.named_parameters():  # logits of size one, and attention that is far from uniform
-            torch.nn.init.normal_(p, *((1.0, 0.3) if "norm" in name else (0.0, 1.5 * p.shape[-1] ** -0.5)))
-        if self.tied:
-            torch.nn.init.normal_(model.model.embed_tokens.weight, 0.0, self.D**-0.5)
+        for name, p in model.named_parameters():  # logits of size one
+            torch.nn.init.normal_(p, *((1.0, 0.3) if "norm" in name else (0.0, 0.75 * p.shape[-1] ** -0.5)))
         return model
 
     @cached_property
@@ -94,7 +93,7 @@ PAIRS = {
     "llama3": Pair(),
     "llama3_tied": Pair(tied=True, kv_heads=1),
     "llama2": Pair(theta=10_000.0, scaled=False, kv_heads=4),
-    "wide_heads": Pair(head_dim=24),
+    "wide_heads": Pair(theta=10_000.0, scaled=False, head_dim=24),
     "mistral": Pair(theta=10_000.0, scaled=False, window=64),
 }
 every = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
@@ -105,7 +104,8 @@ def tokens(B, T):
 
 
 def close(ours, theirs, bar=2e-5):
-    """2e-5: the bar for logits of size one (law 8); Hugging Face's own distance to float64 is a hundredth of it."""
+    """2e-5: the bar for logits of size one (law 8). Measured: a quarter of it at 640 tokens, mostly Hugging Face's: it computes the
+    rotary frequencies in float32, ours are rounded once."""
     assert ours.shape == theirs.shape and np.abs(theirs).max() > 1
     assert np.abs(np.asarray(ours) - theirs).max() <= bar
 
@@ -193,7 +193,8 @@ def test_mini_is_a_mini_llama():
 
 @pytest.mark.parametrize("args, message", [
     (dict(family="lama"), "'lama' is no model family; did you mean 'llama'"),
-    (dict(family="llama", preset="9b"), "'9b' is no llama preset; did you mean '8b'"),
+    (dict(family="llama", preset="mimi"), "'mimi' is no llama preset; did you mean 'mini'"),
+    (dict(family="llama", preset="9b"), "'9b' is no llama preset; choose from 8b, 70b, 405b, 1b, mini"),
     (dict(family="llama", layer=3), "'layer' is no argument of llama; did you mean 'layers'"),
     (dict(family="llama", D=64, heads=4, kv_heads=3), "4 heads for 3 kv_heads"),
 ])  # fmt: skip

@@ -3,7 +3,6 @@ attention (Rabe & Staats 2021, arXiv 2112.05682). Never holds a [T, S] array; sk
 the segments rule out. What XLA runs for long sequences where there is no kernel.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -113,7 +112,7 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, d
                 ds = (ds * scale if slope is None else ds * slope * scale).astype(q.dtype)
                 dkj = jnp.einsum("bkgts,btkgh->bskh", ds, qi_, preferred_element_type=kind)
                 dq = dq + jnp.einsum("bkgts,bskh->btkgh", ds, kj, preferred_element_type=kind)
-                at = lambda full, part: lax.dynamic_update_slice_in_dim(full, _block(full, j, ts) + part, j * ts, 1)  # noqa: E731
+                at = lambda full, part: lax.dynamic_update_slice_in_dim(full, _block(full, j, ts) + part, j * ts, 1)
                 return dq, at(dk, dkj), at(dv, dvj)
 
             return lax.cond(_meets(mask, qp, kp, qs, ks), look, lambda c: c, carry), None

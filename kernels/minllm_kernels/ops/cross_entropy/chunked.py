@@ -26,7 +26,7 @@ def _chunks(V, *arrays):
 
 def forward(x, w, targets, *, softcap, smoothing):
     B, T, _ = x.shape
-    one = lambda part: reference.forward(part[0], w, part[1], softcap=softcap, smoothing=smoothing)  # noqa: E731
+    one = lambda part: reference.forward(part[0], w, part[1], softcap=softcap, smoothing=smoothing)
     loss, lse = lax.map(one, _chunks(w.shape[1], x, targets))
     return tuple(a.reshape(-1)[: B * T].reshape(B, T) for a in (loss, lse))
 
