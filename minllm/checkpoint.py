@@ -11,7 +11,8 @@ is asked for before it reads anything, because Orbax would cast another dtype si
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -49,6 +50,7 @@ class Checkpointer:
             _open(self.folder)
         self._saved = {step: _note(self.folder, step)["metric"] for step in steps(folder)}  # step -> metric
         self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._hook, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
 
     def save(self, step: int, state: Tree, extra: Mapping[str, Any] | None = None, metric: float | int | None = None) -> bool:
         """Saves the jax Arrays of `state` and the JSON of `extra` as checkpoint `step`; False if that is the newest already.
@@ -129,6 +131,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+            sys.unraisablehook = self._hook
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -149,6 +152,13 @@ class Checkpointer:
         last = self.latest()
         good = "there is no other checkpoint" if last is None else f"the last good checkpoint is step {last}"
         return SaveError(f"checkpoint {step} was not saved in {self.folder}: {reason}; {good}")
+
+
+def _without_late_writes(hook: Callable) -> Callable:
+    """When one array of a save fails, Orbax stops waiting; each other one that fails then says, from a thread of its own, that nobody
+    listens any more."""
+    late = lambda told: told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"
+    return lambda told: None if late(told) else hook(told)
 
 
 def steps(folder: epath.PathLike) -> list[int]:
@@ -175,6 +185,26 @@ def restore(folder: epath.PathLike, abstract: Tree, step: int | None = None, und
     `jax.ShapeDtypeStruct`; the stored arrays may have been sharded otherwise. `under="params"` reads that part of what was saved.
     Raises RestoreError, before anything is read, unless the stored leaves and the wanted ones agree in path, shape and dtype.
     """
+    path, note, wanted, prefix = _checked(folder, abstract, step, under)
+    handler = ocp.PyTreeCheckpointHandler()
+    item, how = {}, {}
+    for name, leaf in wanted.items():
+        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        item[prefix + name] = leaf
+        how[prefix + name] = ocp.ArrayRestoreArgs(sharding=sharding)
+    read = handler.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
+    for name, impl in note["keys"].items():
+        if name in read:
+            read[name] = jax.random.wrap_key_data(read[name], impl=impl)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [read[prefix + name] for name in wanted]), note["extra"]
+
+
+def check(folder: epath.PathLike, abstract: Tree, step: int | None = None, under: str = "") -> None:
+    """Raises the RestoreError that `restore` would raise, and reads no array."""
+    _checked(folder, abstract, step, under)
+
+
+def _checked(folder: epath.PathLike, abstract: Tree, step: int | None, under: str) -> tuple[epath.Path, dict, dict, str]:
     step = _pick(folder, step)
     path, note = _place(folder) / str(step), _note(_place(folder), step)
     prefix = under.rstrip("/") + "/" if under else ""
@@ -188,17 +218,7 @@ def restore(folder: epath.PathLike, abstract: Tree, step: int | None = None, und
             stored[name[len(prefix) :]] = (shape, dtype)
     wanted = _flat(abstract)
     _compare(stored, {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in wanted.items()}, path, under)
-
-    item, how = {}, {}
-    for name, leaf in wanted.items():
-        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        item[prefix + name] = leaf
-        how[prefix + name] = ocp.ArrayRestoreArgs(sharding=sharding)
-    read = handler.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
-    for name, impl in note["keys"].items():
-        if name in read:
-            read[name] = jax.random.wrap_key_data(read[name], impl=impl)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [read[prefix + name] for name in wanted]), note["extra"]
+    return path, note, wanted, prefix
 
 
 def _compare(stored: dict[str, tuple], wanted: dict[str, tuple], path: epath.Path, under: str) -> None:

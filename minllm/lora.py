@@ -10,7 +10,6 @@ from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from pydantic import Field
 
 from minllm import spec
@@ -72,16 +71,7 @@ class Adapted:
 def merge(params: Tree) -> Tree:
     """Every LowRank leaf as the plain weight that it stands for."""
 
-    def plain(x):
-        if not _is_low(x):
-            return x
-        dims = "abcdefgh"[: x.base.ndim]
-        batch = x.a.ndim - 1 + x.b.ndim - 1 - x.base.ndim  # the layers dim is in both factors
-        loose, rest = dims[:batch], dims[batch:]
-        cut = x.a.ndim - 1 - batch
-        return (x.base + x.scale * jnp.einsum(f"{loose}{rest[:cut]}R,{loose}R{rest[cut:]}->{dims}", x.a, x.b)).astype(x.base.dtype)
-
-    return jax.tree.map(plain, params, is_leaf=_is_low)
+    return jax.tree.map(lambda x: x.array() if _is_low(x) else x, params, is_leaf=_is_low)
 
 
 def _is_low(x):

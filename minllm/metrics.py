@@ -9,6 +9,7 @@ step), mfu (share of the peak), compile_time (seconds, once) and eval/loss. `Goo
 """
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -120,6 +121,15 @@ class Metrics:
         self.close()
 
 
+def check(sinks: Sequence[str]) -> None:
+    """Raises ValueError for a sink that cannot be opened on this machine."""
+    if "wandb" in sinks and importlib.util.find_spec("wandb") is None:
+        raise ValueError(_NO_WANDB)
+
+
+_NO_WANDB = 'metrics ask for "wandb", which is not installed: pip install wandb, or take it off the list'
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, jax.Array | np.ndarray | np.generic) else value
 
@@ -197,7 +207,7 @@ class Wandb:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
-            raise ValueError('metrics ask for "wandb", which is not installed: pip install wandb, or take it off the list') from None
+            raise ValueError(_NO_WANDB) from None
         folder = Path(folder)
         known = folder / "wandb_id"
         name = known.read_text() if known.exists() else None

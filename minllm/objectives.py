@@ -43,9 +43,9 @@ class NextToken:
             return cross_entropy(x, w, targets, softcap=model.softcap, smoothing=self.smoothing if aim else 0.0,
                                  impl=run.kernels, chip=run.chip)  # fmt: skip
 
-        rows = "batch seq"
+        rows = "batch residual_seq"  # a tensor group shares out the tokens, not the vocabulary
         head = model.head(p)
-        loss, lse = local(op, ("batch seq _", "_ _", rows), (rows, rows), run)(out.x, head, batch["targets"])
+        loss, lse = local(op, (f"{rows} _", "_ _", rows), (rows, rows), run)(out.x, head, batch["targets"])
         w = batch["weights"].astype(loss.dtype)
         losses = {"loss": ((loss * w).sum(), w.sum())}
         if self.z_loss and aim:
@@ -55,7 +55,7 @@ class NextToken:
 
 @config
 class SFT(NextToken):
-    """Supervised fine-tuning: next-token loss on what the assistant says. The data source marks those tokens by their weights."""
+    """Supervised fine-tuning: next-token loss on what the assistant says. The `chat` data source gives all other targets weight 0."""
 
     kind: Literal["sft"] = "sft"  # type: ignore[assignment]
 

@@ -5,10 +5,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from minllm.config import config
-from minllm.data import Data, Ramp
+from minllm.data import Chat, Data, Mixture, Ramp
 from minllm.layer import Precision, Remat
 from minllm.lora import LoRA
-from minllm.objectives import NextToken, Objective
+from minllm.objectives import SFT, NextToken, Objective
 from minllm.optim import AdamW, Optimizer, Schedule
 from minllm.sample import Sampler
 
@@ -87,6 +87,11 @@ class Run:
     samples: Samples = Samples()
     metrics: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
     compilation_cache: str | None = Field(default=None, description="folder where compiled programs are kept between runs")
+
+    def __post_init__(self):
+        sources = self.data.source.sources if isinstance(self.data.source, Mixture) else (self.data.source,)
+        if isinstance(self.objective, SFT) and not any(isinstance(source, Chat) for source in sources):
+            raise ValueError("objective sft learns what a chat source marks; data.source has none: use kind: chat, or next_token")
 
     def ramp(self, history: Any = None) -> Ramp:
         """Batch sizes by step. history: the stages that a resumed run has behind it, ending with the step it resumes at."""

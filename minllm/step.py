@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from minllm import models, spec
 from minllm.layer import Context, Execution
@@ -33,16 +33,17 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: how many batches were seen. params: what is trained, in float32 or as `precision.params` says; frozen: the other leaves of
     the model. average: the moving average of the parameters, None without one. key: never changes; each step folds its number into it.
-    norm: the moving average of the gradient norm that spikes are measured against, 0 before the first step.
+    norm: the moving average of the gradient norm that spikes are measured against, 0 before the first step. Each leaf is an array, or what
+    stands for it: its shape, its sharding.
     """
 
-    step: Int[Array, ""]
+    step: Tree
     params: Tree
     frozen: Tree
     opt_state: Tree
     average: Tree
-    key: Key[Array, ""]
-    norm: Float[Array, ""]
+    key: Tree
+    norm: Tree
 
 
 def init_state(model: Any, transform: optax.GradientTransformation, run: Run, key: Key[Array, ""]) -> TrainState:
@@ -60,9 +61,10 @@ def abstract_state(model: Any, transform: optax.GradientTransformation, run: Run
     mesh, specs = execution.mesh, model.params()
     trained, frozen = spec.part(specs, shardings(specs, mesh, execution.rules))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # a parameter of another group of the optimizer
     moments = optax.tree_utils.tree_map_params(
-        transform, lambda leaf, param, place: place if leaf.shape == param.shape else whole, state.opt_state, state.params, trained,
-        transform_non_params=lambda leaf: whole,
+        transform, lambda leaf, param, place: leaf if masked(leaf) else place if leaf.shape == param.shape else whole,
+        state.opt_state, state.params, trained, transform_non_params=lambda leaf: whole, is_leaf=masked,
     )  # fmt: skip
     places = TrainState(whole, trained, frozen, moments, trained if run.average else None, whole, whole)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places)
@@ -99,7 +101,9 @@ def make_step(model: Any, transform: optax.GradientTransformation, run: Run, exe
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # cast while still sharded: the gathers of FSDP then move the compute dtype
-        params, frozen = (jax.tree.map(lambda p: p.astype(compute), tree) for tree in (state.params, state.frozen))
+        specs = model.params()
+        cast = spec.tree_map(lambda s, p: constrain(p.astype(compute), s.axes, execution), specs, spec.join(state.params, state.frozen))
+        params, frozen = spec.part(specs, cast)
         grads, parts, stats = gradients(params, frozen, batch, jax.random.fold_in(state.key, state.step))
         norm = optax.global_norm(grads)
         if run.clip is not None:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="compile one step, print its memory, and stop")
     parser.add_argument("--restart", action="store_true", help="delete what the run folder holds of an earlier run, and begin again")
     parser.add_argument("--profile", metavar="A:B", type=_range, default=range(0), help="trace steps A to B-1 with jax.profiler")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after options
 
     from minllm.run import Run
 
@@ -45,20 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             Console().print(explain(loaded))
             return 0
         trainer = Trainer(loaded, args.restart)
+        if args.dry_run:
+            print(trainer.memory())
+            return 0
+        trainer.open()
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.dry_run:
-        print(trainer.memory())
-        return 0
     from minllm.checkpoint import SaveError
 
     try:
         trainer.train(args.profile)
-    except SaveError as error:
+    except (SaveError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class DataError(Exception):
+    """A batch could not be read: a shard that was whole when the run began is not any more."""
 
 
 def _range(text: str) -> range:
@@ -69,7 +74,8 @@ def _range(text: str) -> range:
 
 
 class Trainer:
-    """A run made ready. Raises ValueError for whatever the user can mend, before anything is compiled."""
+    """A run made ready: everything is checked, nothing compiled and, beside the data cache, nothing written. Raises ValueError for whatever
+    the user can mend. `open` then takes the run folder, and `train` trains."""
 
     def __init__(self, loaded: Loaded, restart: bool = False):
         import jax  # what answers --help, a wrong key or --explain does not wait for it
@@ -82,12 +88,9 @@ class Trainer:
         self.run, self.out = loaded.value, Path(loaded.value.out)
         if self.run.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", self.run.compilation_cache)
-        if restart and self.out.exists():
-            for old in (self.out / "checkpoints", self.out / "metrics.jsonl", self.out / "tensorboard"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        saves = self.run.checkpoints
-        self.checkpoints = checkpoint.Checkpointer(self.out, saves.keep, "min" if saves.best else None, saves.save_async)
-        self.restored = self.checkpoints.latest()
+        self.restart = restart
+        self.restored = None if restart else checkpoint.latest(self.out)
+        metrics.check(self.run.metrics)
         extra = {} if self.restored is None else checkpoint.read_extra(self.out, self.restored)
         with _progress() as progress:
             self.data = prepare(self.run.data, progress)
@@ -100,13 +103,24 @@ class Trainer:
         held_out = self.data.stats["held_out"].tokens > 0
         self.some = self.data.evaluation(batch, rows=self.run.evaluations.rows, **hosts) if held_out else None
         self.whole = self.data.evaluation(batch, **hosts) if held_out else None
+        self.built.place((batch, self.run.data.length))  # the rows of an evaluation must divide over the mesh too
         self.start = self._source()
-        (self.out / "config.yaml").write_text(dump(self.run))
-        self.data.tokenizer.save(self.out / "tokenizer")
         self.compiled: dict[tuple[int, ...], Any] = {}
         self._compile_time: float | None = None
         self._mark = time.monotonic()
         self._evaluate = None
+
+    def open(self) -> None:
+        """Takes the run folder: makes it or, to restart, empties it. Raises SaveError where it cannot be written."""
+        from minllm import checkpoint
+
+        if self.restart:
+            for old in (self.out / "checkpoints", self.out / "metrics.jsonl", self.out / "tensorboard"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        saves = self.run.checkpoints
+        self.checkpoints = checkpoint.Checkpointer(self.out, saves.keep, "min" if saves.best else None, saves.save_async)
+        (self.out / "config.yaml").write_text(dump(self.run))
+        self.data.tokenizer.save(self.out / "tokenizer")
 
     def _same_run(self, extra: dict[str, Any]) -> None:
         """A run folder goes on as what it is."""
@@ -130,6 +144,8 @@ class Trainer:
         """Where the first state comes from: this run's checkpoint, another's parameters, or a fresh start. Checked, not yet read."""
         from minllm import checkpoint
 
+        if self.restored is not None:
+            checkpoint.check(self.out, self.built.state, self.restored)
         if self.restored is not None or self.run.init_from is None:
             return None
         folder = Path(self.run.init_from)
@@ -143,7 +159,12 @@ class Trainer:
                 f"init_from {folder} was trained with another tokenizer (hash {theirs[:12]}, this run's is "
                 f"{self.data.tokenizer.hash[:12]}); use data.tokenizer of {folder / 'config.yaml'}"
             )
+        checkpoint.check(folder, self._plain(), step, under="params")
         return folder, step
+
+    def _plain(self) -> Any:
+        """The abstract parameters that another run is read into."""
+        return self.built.state.params if self.run.lora is None else _placed(self.built.model.model, self.built)
 
     # --- state ------------------------------------------------------------------------------------------------------------
 
@@ -154,14 +175,13 @@ class Trainer:
         from minllm import checkpoint, spec
 
         if self.restored is not None:
-            return self.checkpoints.restore(self.built.state, self.restored)[0]
+            return checkpoint.restore(self.out, self.built.state, self.restored)[0]
         state = self.built.init(jax.random.key(self.run.seed))
         if self.start is None:
             return state
         folder, step = self.start
         model = self.built.model if self.run.lora is None else self.built.model.model
-        plain = self.built.state.params if self.run.lora is None else _placed(model, self.built)
-        params = checkpoint.restore(folder, plain, step, under="params")[0]
+        params = checkpoint.restore(folder, self._plain(), step, under="params")[0]
         if self.run.lora is None:
             return state.replace(params=params)
         adapted = self.run.lora.wrap(model.params(), params, jax.random.key(self.run.seed))
@@ -259,7 +279,10 @@ class Trainer:
                 if step in profile[:1]:
                     jax.profiler.start_trace(str(self.out / "profile"))
                 with self.goodput.during("data"):
-                    batch = self.put(next(batches))
+                    try:
+                        batch = self.put(next(batches))
+                    except ValueError as error:
+                        raise DataError(error) from None
                 program = self.step_of(batch["tokens"].shape)
                 with self.goodput.during("step"):
                     state, values = program(state, batch)

@@ -74,12 +74,23 @@ class LowRank(flax.struct.PyTreeNode):
         down = einsum(f"{xs},{inputs}R->{low}", x, self.a)
         return einsum(eq, x, self.base) + self.scale * einsum(f"{low},R{outputs}->{ys}", down, self.b)
 
+    def array(self) -> Array:
+        base = as_array(self.base)
+        dims, batch = "abcdefgh"[: base.ndim], self.a.ndim + self.b.ndim - 2 - base.ndim  # a layers dim is in both factors
+        loose, inputs, outputs = dims[:batch], dims[batch : self.a.ndim - 1], dims[self.a.ndim - 1 :]
+        update = jnp.einsum(f"{loose}{inputs}R,{loose}R{outputs}->{dims}", self.a, self.b)
+        return (base + self.scale * update).astype(base.dtype)
+
 
 class OutFirst(flax.struct.PyTreeNode):
     """The same matrix stored with its output dims first: what XLA:CPU multiplies by fastest at small batch."""
 
     w: Any
     inputs: int = flax.struct.field(pytree_node=False)  # how many dims of the plain weight come before its outputs
+
+    def array(self) -> Array:
+        first = self.w.ndim - self.inputs
+        return jnp.moveaxis(self.w, range(first), range(self.inputs, self.w.ndim))
 
     def einsum(self, eq: str, x: Array) -> Array:
         xs, ws, ys = letters(eq)
@@ -141,8 +152,10 @@ def as_runs(p: Stacked | list[Stacked]) -> list[Stacked]:
     return [p] if is_stacked(p) else list(p)
 
 
-def repetitions(run: Stacked) -> int:
-    return jax.tree.leaves(run)[0].shape[0]
+def repetitions(run: Stacked, without: int = 1) -> int:
+    """How many repetitions of the pattern a run holds; `without` parameters nobody can tell."""
+    leaves = jax.tree.leaves(run)
+    return leaves[0].shape[0] if leaves else without
 
 
 def unstack(params: Tree) -> Tree:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def _environment() -> dict[str, str]:
     defaults = {
         "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",                  # and every worker has its own
         "TPU_SKIP_MDS_QUERY": "1",                          # libtpu compiles for TPUs here, and must not look for one
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",              # most of the suite's time is compilation
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax"),

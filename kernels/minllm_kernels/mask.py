@@ -83,6 +83,9 @@ class Dilated(Mask):
 
     step: int
 
+    def __post_init__(self):
+        _positive(step=self.step)
+
     def allows(self, q, k):
         return (q - k) % self.step == 0
 
@@ -95,6 +98,9 @@ class Strided(Mask):
     block: int
     columns: int = 1
 
+    def __post_init__(self):
+        _positive(block=self.block, columns=self.columns)
+
     def allows(self, q, k):
         return (k % self.block >= self.block - self.columns) | (q // self.block == k // self.block)
 
@@ -104,6 +110,9 @@ class Chunk(Mask):
     """Only the query's own chunk of the sequence (Llama 4's local layers)."""
 
     size: int
+
+    def __post_init__(self):
+        _positive(size=self.size)
 
     def allows(self, q, k):
         return q // self.size == k // self.size
@@ -148,6 +157,8 @@ class And(Mask):
 
     def span(self, lo, hi):
         (al, ah), (bl, bh) = self.a.span(lo, hi), self.b.span(lo, hi)
+        if all(isinstance(edge, int) for edge in (al, ah, bl, bh)):
+            return max(al, bl), min(ah, bh)
         return jnp.maximum(al, bl), jnp.minimum(ah, bh)
 
 
@@ -165,3 +176,9 @@ class Or(Mask):
         al, ah = jnp.where(al > ah, FAR, al), jnp.where(al > ah, -FAR, ah)
         bl, bh = jnp.where(bl > bh, FAR, bl), jnp.where(bl > bh, -FAR, bh)
         return jnp.minimum(al, bl), jnp.maximum(ah, bh)
+
+
+def _positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"a mask's {name} is at least 1; got {size}")

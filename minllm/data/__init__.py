@@ -26,13 +26,13 @@ from minllm.config import config
 from minllm.data.loader import Batches, BucketLoader, Evaluation, Loader, Ramp, index_shuffle
 from minllm.data.packing import BestFit, Bucket, Concat, Packing, Rows, Single, write_plan
 from minllm.data.shards import Tokens, Writer, once
-from minllm.data.sources import JSONL, TFDS, Mixture, Parquet, PythonStdlib, Source, Split, Survey, Text, survey, unit
+from minllm.data.sources import JSONL, TFDS, Chat, Conversations, Mixture, Parquet, PythonStdlib, Source, Split, Survey, Text, survey, unit
 from minllm.data.tokenizer import BPE, Bytes, Characters, HuggingFace, LiveTokenizer, SentencePiece, Tiktoken, Tokenizer, load
 
 __all__ = [
-    "BPE", "JSONL", "TFDS", "Batches", "BestFit", "Bucket", "BucketLoader", "Bytes", "Characters", "Concat", "Data", "Evaluation",
-    "HuggingFace", "LiveTokenizer", "Loader", "Mixture", "Packing", "Parquet", "Prepared", "PythonStdlib", "Ramp", "SentencePiece",
-    "Single", "Source", "Stats", "Text", "Tiktoken", "Tokenizer", "index_shuffle", "load", "prepare",
+    "BPE", "JSONL", "TFDS", "Batches", "BestFit", "Bucket", "BucketLoader", "Bytes", "Characters", "Chat", "Concat", "Data",
+    "Evaluation", "HuggingFace", "LiveTokenizer", "Loader", "Mixture", "Packing", "Parquet", "Prepared", "PythonStdlib", "Ramp",
+    "SentencePiece", "Single", "Source", "Stats", "Text", "Tiktoken", "Tokenizer", "index_shuffle", "load", "prepare",
 ]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all or 0)
@@ -61,6 +61,8 @@ class Data:
         said = [name for name in ("holdout", "holdout_tail", "validation") if getattr(self, name) is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} are given, but a run has one held-out set: keep one of them")
+        if self.holdout_tail is not None and any(isinstance(source, Chat) for source in _parts(self.source)):
+            raise ValueError("holdout_tail cuts the text anywhere, and a conversation is held out whole: use holdout or validation")
         if isinstance(self.packing, Bucket) and (self.packing.lengths[-1] != self.length or isinstance(self.source, Mixture)):
             raise ValueError(
                 f"bucket packing takes a single source and its longest length, {self.packing.lengths[-1]}, as data.length, which is "
@@ -126,23 +128,28 @@ def prepare(data: Data, progress: Progress = lambda what, done, total: None) -> 
     except OSError as error:
         raise ValueError(f"data cache {cache.absolute()} cannot be written ({error.strerror}): set data.cache to another folder") from None
 
-    parts = _parts(data.source)
+    tokenizer = _tokenizer(cache, data, progress)
+    parts = _parts(data.source, tokenizer)
     surveys = [_survey(cache, source, progress) for source in parts]
-    tokenizer = _tokenizer(cache, data, parts, surveys, progress)
     folders = [_tokenise(cache, source, found, data.split, tokenizer, progress) for source, found in zip(parts, surveys, strict=True)]
     train, held_out = [f / "train" for f in folders], [f / "held_out" for f in folders]
     if data.validation is not None:
-        others = [(s, _survey(cache, s, progress)) for s in _parts(data.validation)]
+        others = [(s, _survey(cache, s, progress)) for s in _parts(data.validation, tokenizer)]
         held_out = [_tokenise(cache, s, found, Split(1.0), tokenizer, progress) / "held_out" for s, found in others]
 
     pad = tokenizer.pad or 0
     lengths = data.packing.lengths if isinstance(data.packing, Bucket) else (data.length,)
     rows = [_rows(cache, folder, data.packing, T, pad) for folder in train for T in lengths]
     for source, folder in zip(parts, train, strict=True):
-        if (tokens := Tokens(folder).tokens) <= data.length and not (data.pad_short and tokens):
+        if (tokens := (found := Tokens(folder)).tokens) <= data.length and not (data.pad_short and tokens):
             raise ValueError(
                 f"the training split of source {source.kind!r} has {tokens} tokens, but a row and its last target take {data.length + 1}: "
                 "lower data.length, hold out less, give more text, or set data.pad_short: true"
+            )
+        if not found.predicted_tokens:
+            raise ValueError(
+                f"the training split of source {source.kind!r} has {tokens} tokens and none to learn: give conversations in which the role "
+                "'assistant' speaks, and a template that says so"
             )
     # Evaluation is always concatenate-and-chunk, so that every held-out token is predicted once, with what precedes it in its window.
     windows = [_rows(cache, folder, Concat(), data.length, pad) for folder in held_out]
@@ -152,8 +159,10 @@ def prepare(data: Data, progress: Progress = lambda what, done, total: None) -> 
     return Prepared(data, tokenizer, tuple(rows), tuple(windows), weights, stats, identity)
 
 
-def _parts(source: Source) -> tuple:
-    return source.sources if isinstance(source, Mixture) else (source,)
+def _parts(source: Source, tokenizer: LiveTokenizer | None = None) -> tuple:
+    """The sources of a mixture, conversations as they are written out for a tokenizer."""
+    parts = source.sources if isinstance(source, Mixture) else (source,)
+    return tuple(part.spoken(tokenizer) if isinstance(part, Chat) else part for part in parts) if tokenizer else parts
 
 
 def _key(content) -> str:
@@ -173,9 +182,11 @@ def _survey(cache: Path, source, progress: Progress) -> Survey:
     return Survey(**json.loads((once(cache / "surveys" / source.fingerprint()[:32], make) / "survey.json").read_text()))
 
 
-def _tokenizer(cache: Path, data: Data, parts: Sequence, surveys: Sequence[Survey], progress: Progress) -> LiveTokenizer:
+def _tokenizer(cache: Path, data: Data, progress: Progress) -> LiveTokenizer:
     if not data.tokenizer.trains:
         return data.tokenizer.build()
+    parts = _parts(data.source)
+    surveys = [_survey(cache, source, progress) for source in parts]
     size = sum(s.bytes for s in surveys)
 
     def texts(limit: int) -> Iterator[str]:
@@ -195,12 +206,14 @@ def _tokenise(cache: Path, source, found: Survey, split: Split, tokenizer: LiveT
     """The folder with train/ and held_out/ token shards of a source."""
 
     def make(folder: Path) -> None:
-        writers = [Writer(folder / name, tokenizer) for name in ("train", "held_out")]
+        masked = isinstance(source, Conversations)
+        writers = [Writer(folder / name, tokenizer, masked) for name in ("train", "held_out")]
         documents, done = split(source.documents(), found.characters), 0
         while group := list(_group(documents)):
             for held_out, writer in enumerate(writers):
-                if texts := [document.text for held, document in group if held == held_out]:
-                    writer.add(texts)
+                mine = [document for held, document in group if held == held_out]
+                if mine:
+                    writer.add([d.text for d in mine], [(d.special, d.learned) for d in mine] if masked else ())
             done += sum(len(document.text.encode("utf-8", "surrogateescape")) for _, document in group)
             progress("tokenising", done, found.bytes)
         if done != found.bytes:

@@ -4,10 +4,11 @@
 
     tokens     a a a b b b b c . .        pieces of documents a, b, c, then padding
     targets    a a . b b b . c . .        the next token of the same document: never the first of the next one
-    weights    1 1 0 1 1 1 0 1 0 0        1 where there is a target. A piece that is cut at the row's end still predicts the token after it.
+    weights    1 1 0 1 1 1 0 1 0 0        1 where there is a target, and it is learned (of a conversation: what the assistant says).
     segments   1 1 1 2 2 2 2 3 0 0        what may attend to what; 0 is padding
     positions  0 1 2 0 1 2 3 0 0 0
 
+A piece that is cut at the row's end still predicts the token after it.
 A plan is written in one streaming pass over the document lengths and read by position: neither holds the corpus in memory.
 Every token of the corpus is in exactly one row; what does not fill a row is padded, never dropped.
 """
@@ -162,7 +163,7 @@ class Rows:
                 here, predicted = slice(column, column + length), slice(column, column + len(ids) - 1)
                 tokens[b, here] = ids[:length]
                 targets[b, predicted] = ids[1:]
-                weights[b, predicted] = 1
+                weights[b, predicted] = self.tokens.learned(start + offset, start + offset + len(ids))[1:] if self.tokens.masked else 1
                 segments[b, here] = segment
                 positions[b, here] = np.arange(length)
                 column += length

@@ -2,6 +2,8 @@
 
     document d = stream[starts[d] : starts[d + 1]] = [bos] text [eos]        record b = stream[4096 b : 4096 (b + 1)], uint16 or uint32
 
+Where only a part is learned (conversations), a document is what its template wrote, and a record ends with a bit a token.
+
 A folder is written beside its final name, sealed with the size and sha256 of each file, flushed to disk and renamed: it exists
 whole or not at all. Opening checks every size, and every sha256 up to a gigabyte in total; each record carries its own hash in any
 case (Riegeli's, which ArrayRecord stands on), so a flipped byte is an error that names the shard, never a wrong token.
@@ -15,12 +17,12 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 BLOCK = 4096  # tokens a record: a row reads one or two of them
 SHARD = 16_384  # blocks a file: 64 Mi tokens
@@ -120,18 +122,21 @@ class Column:
 
 
 class Writer:
-    """Streams documents into the shards of `folder`; memory is one block."""
+    """Streams documents into the shards of `folder`; memory is one block. `masked`: only parts of them are learned."""
 
-    def __init__(self, folder: Path, tokenizer):
+    def __init__(self, folder: Path, tokenizer, masked: bool = False):
         folder.mkdir()
-        self.folder, self.tokenizer = folder, tokenizer
+        self.folder, self.tokenizer, self.masked = folder, tokenizer, masked
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.held, self.waiting, self.blocks, self.shard = [], 0, 0, None
+        self.held, self.marks, self.waiting, self.blocks, self.shard = [], [], 0, 0, None
         self.documents = self.tokens = self.bytes = self.predicted_tokens = self.predicted_bytes = 0
         self.starts = open(folder / "starts.i64", "wb")
         self.starts.write(np.int64(0).astype("<i8").tobytes())
 
-    def add(self, texts: Iterable[str]) -> None:
+    def add(self, texts: Iterable[str], ranges: Iterable[tuple[Sequence, Sequence]] = ()) -> None:
+        """`ranges`: for each text of a masked writer, the characters that are special tokens, and those that are learned."""
+        if self.masked:
+            return self._add_masked(texts, ranges)
         bos, eos = ([] if id is None else [id] for id in (self.tokenizer.bos, self.tokenizer.eos))
         texts = list(texts)
         ends = []
@@ -145,24 +150,45 @@ class Writer:
             self.predicted_tokens += max(0, count - 1)
             self.predicted_bytes += size - given
             ends.append(self.tokens)
+        self._end(ends)
+
+    def _add_masked(self, texts: Iterable[str], ranges: Iterable[tuple[Sequence, Sequence]]) -> None:
+        ends = []
+        for text, (special, learned) in zip(texts, ranges, strict=True):
+            ids, mask = self.tokenizer.encode_ranges(text, special, learned)
+            self.held.append(ids.astype(self.dtype))
+            self.marks.append(mask)
+            self.waiting += len(ids)
+            self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)
+            self.bytes += len(text.encode("utf-8", "surrogateescape"))
+            predicted = ids[1:][mask[1:]]
+            self.predicted_tokens += len(predicted)
+            self.predicted_bytes += len(self.tokenizer.decode_bytes(predicted))
+            ends.append(self.tokens)
+        self._end(ends)
+
+    def _end(self, ends: list[int]) -> None:
         self.starts.write(np.array(ends, "<i8").tobytes())
         if self.waiting >= BLOCK:
             self._flush(self.waiting // BLOCK)
 
     def _flush(self, blocks: int) -> None:
         stream = np.concatenate(self.held) if self.held else np.zeros(0, self.dtype)
+        marks = np.concatenate(self.marks) if self.marks else np.zeros(0, bool)
         for i in range(blocks):
-            self._write(stream[i * BLOCK : (i + 1) * BLOCK])
+            here = slice(i * BLOCK, (i + 1) * BLOCK)
+            self._write(stream[here].tobytes() + np.packbits(marks[here]).tobytes())  # no bits where all is learned
+        self.marks = [marks[blocks * BLOCK :]]
         self.held, self.waiting = [stream[blocks * BLOCK :]], max(0, self.waiting - blocks * BLOCK)
 
-    def _write(self, block: np.ndarray) -> None:
+    def _write(self, record: bytes) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if self.blocks % SHARD == 0:
             self._close_shard()
             path = self.folder / f"shard-{self.blocks // SHARD:05d}.array_record"
             self.shard = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # one record is one checked chunk
-        self.shard.write(block.tobytes())
+        self.shard.write(record)
         self.blocks += 1
 
     def _close_shard(self) -> None:
@@ -177,17 +203,21 @@ class Writer:
         self._close_shard()
         self.starts.close()
         counts = {k: getattr(self, k) for k in ("documents", "tokens", "bytes", "predicted_tokens", "predicted_bytes")}
-        seal(self.folder, dtype=self.dtype.str, block=BLOCK, shard=SHARD, **counts)
+        seal(self.folder, dtype=self.dtype.str, block=BLOCK, shard=SHARD, masked=self.masked, **counts)
 
 
 class Tokens:
-    """One split's token stream, read at random. `starts[d]` is the place of document d, `starts[documents]` the end."""
+    """One split's token stream, read at random. `starts[d]` is the place of document d, `starts[documents]` the end.
+
+    `predicted_tokens` are those that the loss is on: all but the first of each document, or the learned ones among them (`masked`).
+    """
 
     def __init__(self, folder: Path):
         self.folder, manifest = folder, check(folder)
         self.dtype, self.block, self.shard = np.dtype(manifest["dtype"]), manifest["block"], manifest["shard"]
         self.documents, self.tokens, self.bytes = manifest["documents"], manifest["tokens"], manifest["bytes"]
         self.predicted_tokens, self.predicted_bytes = manifest["predicted_tokens"], manifest["predicted_bytes"]
+        self.masked = manifest.get("masked", False)
         self.starts = Column(folder / "starts.i64")
         # Bounded, so that memory does not grow with the corpus: 256 blocks are 2 MB.
         self._block = functools.lru_cache(256)(self._read_block)
@@ -195,10 +225,17 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         """stream[start:stop]"""
+        return self._read(0, start, stop)
+
+    def learned(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
+        """Which of stream[start:stop] the loss is on, of a masked one."""
+        return self._read(1, start, stop)
+
+    def _read(self, which: int, start: int, stop: int) -> np.ndarray:
         first, last = start // self.block, (stop - 1) // self.block
         if first == last:
-            return self._block(first)[start - first * self.block : stop - first * self.block]
-        blocks = np.concatenate([self._block(b) for b in range(first, last + 1)])
+            return self._block(first)[which][start - first * self.block : stop - first * self.block]
+        blocks = np.concatenate([self._block(b)[which] for b in range(first, last + 1)])
         return blocks[start - first * self.block : stop - first * self.block]
 
     def _path(self, shard: int) -> Path:
@@ -209,9 +246,11 @@ class Tokens:
 
         return ArrayRecordReader(str(self._path(shard)), options="readahead_buffer_size:0", file_reader_buffer_size=32_768)
 
-    def _read_block(self, block: int) -> np.ndarray:
+    def _read_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         shard, position = divmod(block, self.shard)
-        expected = min(self.block, self.tokens - block * self.block) * self.dtype.itemsize
+        count = min(self.block, self.tokens - block * self.block)
+        size = count * self.dtype.itemsize
+        expected = size + -(-count // 8) * self.masked
         try:
             data = self._reader(shard).read([position])[0]
             if len(data) != expected:
@@ -220,4 +259,5 @@ class Tokens:
             raise ValueError(
                 f"{self._path(shard)} is corrupt (record {position}: {error}): delete {self.folder.parent} and it will be made again"
             ) from None
-        return np.frombuffer(data, self.dtype)
+        bits = np.frombuffer(data, np.uint8, offset=size)
+        return np.frombuffer(data[:size], self.dtype), np.unpackbits(bits, count=count if self.masked else 0).view(bool)

@@ -1,4 +1,4 @@
-"""Sources: where documents come from. A source streams `Document(id, text)` in a canonical order, the same on every machine.
+"""Sources: where documents come from. A source streams `Document`s, an id and a text, in a canonical order, the same on every machine.
 
     held out  <=>  hash(document id) < fraction            (by document)        or        the last fraction of all characters (tail)
 
@@ -17,12 +17,13 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 
 import numpy as np
 from pydantic import Field
 
 from minllm.config import config
+from minllm.data.chat import PLAIN, Ranges, Template
 
 # surrogateescape keeps the raw bytes, for the bytes tokenizer alone: the others know only valid text.
 Errors = Literal["strict", "replace", "surrogateescape"]
@@ -31,6 +32,8 @@ Errors = Literal["strict", "replace", "surrogateescape"]
 class Document(NamedTuple):
     id: str
     text: str
+    special: Ranges = ()  # the ranges of characters that are special tokens; outside of them, a special token's text is text
+    learned: Ranges | None = None  # the ranges that training minimises the loss of. None: the whole text, between bos and eos
 
 
 def _decode(data: bytes, errors: Errors, where: str, offset: int = 0, encoding: str = "utf-8") -> str:
@@ -68,10 +71,11 @@ def _stat(source, files: Iterable[tuple[str, str]]) -> str:
 
 @config
 class PythonStdlib:
-    """The .py files of the running interpreter's standard library: 11 MB of real code on every machine.
+    """The .py files of the running interpreter's standard library: 9 MB of real code on every machine.
 
-    Left out: installed packages, the files that the build writes for one machine, and pydoc_data, the language reference as one
-    generated string (7 % of all bytes in one file: whichever split drew it would be about prose). The tests are 20 MB more.
+    Left out is what a program wrote: the files that the build makes for one machine; encodings, a hundred tables in copies of one
+    template, which a model would learn by heart; pydoc_data, the language reference as one string (7 % of all bytes in one file:
+    whichever split drew it would be about prose). So are installed packages. The tests are 20 MB more.
     """
 
     kind: Literal["python_stdlib"] = "python_stdlib"
@@ -80,7 +84,7 @@ class PythonStdlib:
 
     def files(self) -> list[tuple[str, str]]:
         root = Path(sysconfig.get_path("stdlib"))
-        unwanted = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+        unwanted = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
         unwanted |= set() if self.tests else {"test", "tests", "idle_test"}
         relative = ((path.relative_to(root), path) for path in root.rglob("*.py"))
         return sorted(
@@ -174,16 +178,21 @@ class JSONL:
 
     def documents(self) -> Iterator[Document]:
         for id, path in _match(self.globs):
-            for number, (offset, data) in enumerate(_lines(path)):
-                where = f"{path}, object {number + 1} (byte {offset})"
-                try:
-                    item = json.loads(_decode(data, self.errors, path, offset))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where} is not JSON ({error}): one object a line is expected") from None
+            for number, (where, item) in enumerate(_objects(path, self.errors)):
                 if not isinstance(item, dict) or not isinstance(item.get(self.field), str):
                     keys = sorted(item) if isinstance(item, dict) else type(item).__name__
                     raise ValueError(f"{where} has no string under {self.field!r}: set the source's field to one of {keys}")
                 yield Document(f"{id}#{number}", item[self.field])
+
+
+def _objects(path: str, errors: Errors) -> Iterator[tuple[str, Any]]:
+    """(where it is, value) of every line that is not empty."""
+    for number, (offset, data) in enumerate(_lines(path)):
+        where = f"{path}, object {number + 1} (byte {offset})"
+        try:
+            yield where, json.loads(_decode(data, errors, path, offset))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}): one object a line is expected") from None
 
 
 @config
@@ -260,9 +269,117 @@ class TFDS:
                 yield Document(id, value if isinstance(value, str) else _decode(bytes(value), self.errors, id))
 
 
+# ------------------------------------------------------------------------------------------------------- conversations
+
+
+@config
+class Chat:
+    """Conversations, one JSON object a line (.gz too), written out by a chat template; the loss is on what the assistant says.
+
+    An object holds `messages`, a list of {"role", "content"} (what a template asks for beside, like tool_calls, is handed on), and
+    perhaps "tools"; or `prompt` and `completion`, which are a user's and an assistant's message, or two lists of messages. A file keeps
+    to one of the two forms.
+
+    `template` is a Jinja template, a file with one, or a tokenizer_config.json (its chat_template); data/chat.py says how it runs and
+    where the default, a plain one, puts what. The template writes all special tokens itself, bos_token and eos_token included: nothing
+    is added, and the text of one in a message stays text.
+    """
+
+    kind: Literal["chat"] = "chat"
+    globs: tuple[str, ...] = Field(min_length=1)
+    template: str = PLAIN
+    messages: str = "messages"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    errors: Errors = "strict"
+
+    def spoken(self, tokenizer: Any = None) -> "Conversations":
+        """With the special tokens of a live tokenizer; with none, as what a tokenizer is trained on."""
+        if tokenizer is None:
+            return Conversations(self)
+        names = {id: text for text, id in tokenizer.specials.items()}
+        return Conversations(self, tuple(sorted(names.values())), names.get(tokenizer.bos, ""), names.get(tokenizer.eos, ""))
+
+    def fingerprint(self) -> str:
+        return self.spoken().fingerprint()
+
+    def documents(self) -> Iterator[Document]:
+        return self.spoken().documents()
+
+    def conversations(self, path: str) -> Iterator[tuple[str, list, Any]]:
+        """(where it is, messages, tools) of every object of a file."""
+        form: tuple[str, ...] = ()
+        for where, item in _objects(path, self.errors):
+            keys = item if isinstance(item, dict) else {}
+            known = form or next((f for f in ((self.messages,), (self.prompt, self.completion)) if set(f) <= set(keys)), None)
+            if known is None or not set(known) <= set(keys):
+                wanted = " and ".join(map(repr, form)) or f"{self.messages!r}, nor {self.prompt!r} and {self.completion!r}"
+                found = sorted(item) if isinstance(item, dict) else type(item).__name__
+                raise ValueError(
+                    f"{where} has no {wanted}{', as the objects before it have' * bool(form)}: "
+                    f"set the source's messages, or prompt and completion, to the names in use, which are among {found}"
+                )
+            form = known
+            parts = [item[name] for name in form]
+            if len(form) == 2:
+                roles = ("user", "assistant")
+                parts = [[{"role": role, "content": x}] if isinstance(x, str) else x for role, x in zip(roles, parts)]
+            if not all(isinstance(part, list) for part in parts):
+                raise ValueError(f"{where} has no list of messages under {' or '.join(map(repr, form))}: give a list of objects")
+            messages = [message for part in parts for message in part]
+            for number, message in enumerate(messages, 1):
+                if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _said(message):
+                    said = "is not an object with a role and a content, both strings"
+                    raise ValueError(f"{where}, message {number} {said}: {str(message)[:100]}")
+            yield where, messages, item.get("tools")
+
+
+def _said(message: dict) -> bool:
+    """A string, or parts of several media; an assistant that calls tools need not say anything."""
+    return isinstance(message.get("content"), str | list) or (message.get("content") is None and bool(message.get("tool_calls")))
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """A `Chat` and the special tokens that its template may write: with others its documents are others."""
+
+    chat: Chat
+    specials: tuple[str, ...] = ()
+    bos: str = ""
+    eos: str = ""
+    kind: ClassVar[str] = "chat"
+
+    def fingerprint(self) -> str:
+        # With the template's text, wherever it stands: a file can change within the same second and keep its size.
+        return hashlib.sha256((_stat(self, _match(self.chat.globs)) + self._template()).encode()).hexdigest()
+
+    def _template(self) -> str:
+        given = self.chat.template
+        if "{{" in given or "{%" in given:
+            return given
+        if not os.path.isfile(given):
+            raise ValueError(f"the chat template {given!r} is no file, and holds no {{{{ or {{% as a Jinja template does: correct it")
+        text = _decode(Path(given).read_bytes(), "strict", given)
+        if not given.endswith(".json"):
+            return text
+        if not isinstance(template := json.loads(text).get("chat_template"), str):
+            raise ValueError(f"{given} has no chat_template that is one string: give the template in a file of its own")
+        return template
+
+    def documents(self) -> Iterator[Document]:
+        template = Template(self._template(), self.specials, self.bos, self.eos)
+        for id, path in _match(self.chat.globs):
+            for number, (where, messages, tools) in enumerate(self.chat.conversations(path)):
+                try:
+                    text, special, learned = template(messages, tools)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+                yield Document(f"{id}#{number}", text, special, learned)
+
+
 # -------------------------------------------------------------------------------------------------------------- mixture
 
-Leaf = Annotated[Union[PythonStdlib, Text, JSONL, Parquet, TFDS], Field(discriminator="kind")]
+Leaf = Annotated[Union[PythonStdlib, Text, JSONL, Parquet, TFDS, Chat], Field(discriminator="kind")]
 
 
 @config
@@ -291,7 +408,7 @@ class Mixture:
         return tuple(float(p) for p in powers / powers.sum())
 
 
-Source = Annotated[Union[PythonStdlib, Text, JSONL, Parquet, TFDS, Mixture], Field(discriminator="kind")]
+Source = Annotated[Union[PythonStdlib, Text, JSONL, Parquet, TFDS, Chat, Mixture], Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------------- survey, split
@@ -299,7 +416,7 @@ Source = Annotated[Union[PythonStdlib, Text, JSONL, Parquet, TFDS, Mixture], Fie
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a source finds. `hash` covers ids and texts in order."""
+    """What one pass over a source finds. `hash` covers ids and texts in order, and the ranges of those that have them."""
 
     hash: str
     documents: int
@@ -310,9 +427,11 @@ class Survey:
 def survey(source, progress: Callable[[int], None] = lambda n: None) -> Survey:
     """One streaming pass; ValueError when there is no text at all. `progress` gets the bytes read so far."""
     digest, documents, characters, size = hashlib.sha256(), 0, 0, 0
-    for id, text in source.documents():
+    for id, text, special, learned in source.documents():
         name, data = id.encode("utf-8", "surrogateescape"), text.encode("utf-8", "surrogateescape")
         digest.update(f"{len(name)} {len(data)}\n".encode() + name + data)
+        if learned is not None:
+            digest.update(f"{special} {learned}\n".encode())
         documents, characters, size = documents + 1, characters + len(text), size + len(data)
         progress(size)
     if not characters:
@@ -334,7 +453,7 @@ class Split:
             if not self.tail:
                 yield unit(document.id) < self.fraction, document
                 continue
-            id, text = document
+            id, text = document.id, document.text
             before = max(0, min(len(text), cut - seen))
             if before:
                 yield False, Document(id, text[:before])

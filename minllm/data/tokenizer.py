@@ -6,7 +6,8 @@ What a live tokenizer stores is the config that rebuilds it, so `load` needs no 
 registry. A tokenizer that is trained is trained on the training split only and is deterministic: the same texts give the same hash.
 
 `encode` is for *text*: the text of a special token inside a document is encoded like any other text, never as its id (a web page
-that quotes `<|eot_id|>` must not end a turn). Whoever builds prompts puts special ids there on purpose, from `specials`.
+that quotes `<|eot_id|>` must not end a turn). Whoever builds prompts puts special ids there on purpose, from `specials`;
+`encode_ranges` does so where a chat template wrote them.
 """
 
 import base64
@@ -17,12 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from pydantic import Field, TypeAdapter
 
 from minllm.config import config
@@ -34,6 +35,7 @@ PATTERNS = {
 }
 MANIFEST = "minllm_tokenizer.json"
 
+Ranges = Sequence[tuple[int, int]]  # of characters or bytes: in order, apart from each other
 Ids = Sequence[int] | Int[np.ndarray, " n"]
 Special = Literal["bos", "eos", "pad"]
 Texts = Callable[[int], Iterable[str]]  # texts(limit): the training documents, thinned by document to about `limit` bytes
@@ -58,6 +60,40 @@ class LiveTokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]: ...
+
+    def encode_ranges(self, text: str, special: Ranges, learned: Ranges) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """The ids of a text whose `special` ranges are special tokens, and which of them lie wholly in a `learned` range.
+
+        A token that crosses the border of a range is not learned: its beginning was given. Where the tokens of a piece do not spell it
+        byte for byte (unknown characters, a prefix space), they have no places, and the piece is encoded in parts, cut at the borders.
+        """
+        ids, mask, at = [], [], 0
+        for start, stop in [*special, (len(text), len(text))]:
+            piece, inside = text[at:start], [(max(a, at) - at, min(b, start) - at) for a, b in learned if a < start and at < b]
+            found = self.encode(piece) if piece else np.zeros(0, np.int32)
+            if (marked := _spelled(piece, [self._bytes(i) for i in found.tolist()], inside)) is not None:
+                ids.append(found)
+                mask.append(marked)
+            else:
+                cuts = sorted({0, len(piece), *(border for pair in inside for border in pair)})
+                for a, b in pairwise(cuts):
+                    ids.append(self.encode(piece[a:b]))
+                    mask.append(np.full(len(ids[-1]), any(low <= a and b <= high for low, high in inside)))
+            if start < stop:
+                ids.append(np.array([self.specials[text[start:stop]]], np.int32))
+                mask.append(_inside(np.array([start]), np.array([stop]), learned))
+            at = stop
+        return np.concatenate(ids), np.concatenate(mask)
+
+    def _bytes(self, id: int) -> bytes:
+        """The bytes of one token, kept: vocabularies are small and conversations are many."""
+        if id not in self._spelling:
+            self._spelling[id] = self.decode_bytes([id])
+        return self._spelling[id]
+
+    @cached_property
+    def _spelling(self) -> dict[int, bytes]:
+        return {}
 
     @abstractmethod
     def decode_bytes(self, ids: Ids) -> bytes:
@@ -97,6 +133,24 @@ def load(folder: str | Path) -> LiveTokenizer:
     if live.hash != stored["hash"]:
         raise ValueError(f"the tokenizer in {folder} has hash {live.hash[:12]}, its manifest says {stored['hash'][:12]}: restore its files")
     return live
+
+
+def _inside(starts: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], ranges: Ranges) -> Bool[np.ndarray, " n"]:
+    """Which of the tokens [start, end) lie wholly in a range."""
+    if not ranges:
+        return np.zeros(len(starts), bool)
+    lows, highs = np.array(ranges).T
+    nearest = np.searchsorted(lows, starts, "right") - 1
+    return (nearest >= 0) & (ends <= highs[nearest])
+
+
+def _spelled(text: str, tokens: list[bytes], ranges: Ranges) -> Bool[np.ndarray, " n"] | None:
+    """Which tokens lie in a range of the text that they spell. Bytes, because a token may hold half a character."""
+    if b"".join(tokens) != text.encode("utf-8", "surrogateescape"):
+        return None
+    ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    return _inside(starts, ends, [tuple(len(text[:border].encode("utf-8", "surrogateescape")) for border in pair) for pair in ranges])
 
 
 def _texts(texts: Sequence[str | bytes]) -> list[str]:
@@ -386,6 +440,22 @@ class _Json(LiveTokenizer):
 
     def encode_batch(self, texts):
         return [np.array(e.ids, np.int32) for e in self.tokenizer.encode_batch_fast(_texts(texts), add_special_tokens=False)]
+
+    def encode_ranges(self, text, special, learned):
+        # In one go, as Hugging Face does: what is beside a special token may matter (a prefix space, a token that strips). A text that
+        # quotes a special token has more of them than it should when it is read so, and goes piece by piece.
+        self.tokenizer.encode_special_tokens = False
+        try:
+            e = self.tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+        names = {id: name for name, id in self.specials.items()}
+        found = [i for i, (a, b) in zip(e.ids, e.offsets) if i in names and text[a:b].strip() == names[i].strip()]  # not an <unk>
+        if found != [self.specials[text[a:b]] for a, b in special]:
+            return super().encode_ranges(text, special, learned)
+        mask = _spelled(text, [names[i].encode() if i in names else self._bytes(i) for i in e.ids], learned)
+        places = np.array(e.offsets, np.int64).reshape(-1, 2)  # of characters, but a ByteLevel post-processor leaves spaces out of them
+        return np.array(e.ids, np.int32), _inside(places[:, 0], places[:, 1], learned) if mask is None else mask
 
     def decode_bytes(self, ids):
         if not self.byte_level:

@@ -16,7 +16,7 @@ from minllm.layers.dropout import dropout, keep_mask
 from minllm.layers.kv import extend, kv_cache
 from minllm.layers.norm import Norm
 from minllm.layers.position import Rope
-from minllm.sharding import local
+from minllm.sharding import constrain, local
 from minllm.spec import FanIn, Init, Spec
 from minllm.weights import einsum
 from minllm_kernels import attention
@@ -76,7 +76,11 @@ class Attention(Layer):
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
         if cache is not None and ctx.segments is not None:
             raise ValueError("a packed row cannot be decoded: give each document its own row, and positions of -1 to its padding")
-        q, k, v = (einsum("btd,dnh->btnh", x, p[w]) for w in ("q", "k", "v"))
+        if self.window is not None and ctx.prefix is not None:
+            raise ValueError(f"a prefix and a window of {self.window} together are not defined: one would move the other")
+        # heads are shared out here: the compiler would else give a device all heads of some tokens, and exchange them after the rotation
+        axes = {"q": "batch seq act_heads _", "k": "batch seq act_kv_heads _", "v": "batch seq act_kv_heads _"}
+        q, k, v = (constrain(einsum("btd,dnh->btnh", x, p[w]), axes[w], ctx.run) for w in axes)
         if self.bias:
             q, k, v = (y + p[f"{w}_bias"].astype(x.dtype) for w, y in (("q", q), ("k", k), ("v", v)))
         if self.qk_norm:

@@ -32,7 +32,7 @@ class Stack(Layer):
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
         losses, stats, caches, done = None, [], [], 0
         for run in as_runs(p):
-            times = repetitions(run)
+            times = repetitions(run, self.times)
             index = ctx.layer + (done + jnp.arange(times)) * len(self.pattern)
             # parameters beside their layer index: the key of a layer is the same scanned, unrolled or in a pipeline stage
             body = _remat(self._repetition, ctx.run.remat, ctx.run.scan and cache is None)

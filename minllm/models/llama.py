@@ -29,6 +29,8 @@ def llama3(
     eps: float = 1e-5,
 ) -> Decoder:
     """A Llama of any generation; the defaults are Llama 3.1 8B. `dropout` is of the embeddings and of each layer's output."""
+    if head_dim is None and D % heads:
+        raise ValueError(f"a width D of {D} does not divide into {heads} heads; choose heads that divide it, or give head_dim")
     norm, out_init = RMSNorm(eps), FanIn((2 * layers) ** -0.5)  # the residual stream's variance does not grow with depth
     attention = Attention(heads, kv_heads, head_dim or D // heads, Rope(theta, scaling), window=window, dropout=dropout, out_init=out_init)
     block = (PreNorm(attention, norm), PreNorm(GLU(hidden, silu, dropout=dropout, out_init=out_init), norm))

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from minllm import spec
 from minllm.layer import Context, Execution
 from minllm.models import build
-from minllm.sharding import MESH_AXES, ALL, make_mesh, sharding, shardings
+from minllm.sharding import ALL, MESH_AXES, make_mesh, sharding, shardings
 from minllm.weights import unstack
 
 
@@ -34,7 +34,8 @@ def test_every_example_compiles_for_v5e_2x2(name, v5e):
     ex, mesh = EXAMPLES[name], v5e(fsdp=2, tensor=2)
     run, B, T = Execution(mesh=mesh), 4, 16
     shape = jax.eval_shape(lambda: ex.inputs(B, T))
-    x = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(mesh, ALL, "batch seq" if shape.ndim == 2 else "batch seq _", shape.shape))
+    axes = "batch seq" if shape.ndim == 2 else "batch seq _"
+    x = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding(mesh, ALL, axes, shape.shape))
 
     def loss(p, x):
         return (ex.apply(p, x, run=run).x.astype(jnp.float32) ** 2).sum()

@@ -45,7 +45,8 @@ def batch():
     """Row i has weights on i tokens only, some of them fractions: no two microbatches weigh the same, and row 0 weighs nothing."""
     rng = np.random.default_rng(1)
     weights = (np.arange(T) < np.arange(B)[:, None]) * rng.choice([0.25, 1.0], (B, T))
-    return {"tokens": jnp.asarray(rng.integers(0, V, (B, T))), "targets": jnp.asarray(rng.integers(0, V, (B, T))), "weights": jnp.asarray(weights)}
+    tokens, targets = rng.integers(0, V, (2, B, T))
+    return {name: jnp.asarray(a) for name, a in (("tokens", tokens), ("targets", targets), ("weights", weights))}
 
 
 def torchs(p, batch, softcap=None, smoothing=0.0, z_loss=0.0):
