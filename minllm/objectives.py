@@ -44,7 +44,7 @@ class NextToken:
                                  impl=run.kernels, chip=run.chip)  # fmt: skip
 
         rows = "batch residual_seq"  # a tensor group shares out the tokens, not the vocabulary
-        head = model.head(p)
+        head = model.head(p, run)
         loss, lse = local(op, (f"{rows} _", "_ _", rows), (rows, rows), run)(out.x, head, batch["targets"])
         w = batch["weights"].astype(loss.dtype)
         losses = {"loss": ((loss * w).sum(), w.sum())}

@@ -23,7 +23,7 @@ from minllm.lora import Adapted
 from minllm.run import Run
 from minllm.sharding import ALL, MESH_AXES, constrain, make_mesh, sharding, shardings
 from minllm.spec import Tree
-from minllm.weights import prepare
+from minllm.weights import Mixed, prepare
 
 Batch = dict[str, Any]
 
@@ -74,25 +74,37 @@ def make_step(model: Any, transform: optax.GradientTransformation, run: Run, exe
     """step(state, batch) -> (state, metrics): pure, to be jitted with the state donated."""
     compute, reduce = jnp.dtype(execution.precision.compute), jnp.dtype(execution.precision.reduce)
 
-    def total(params, frozen, batch, whole, key):
+    def total(params, low, batch, whole, key):
         """The objective of one microbatch: each sum over the weight of the whole batch, so that microbatches add up."""
         ctx = Context(key=key, rows=batch["rows"], run=execution)
-        params = prepare(spec.join(params, frozen), model.params(), execution)
+        params = prepare(learned(params, low), model.params(), execution)
         losses, stats = run.objective.losses(model, params, batch, ctx)
         M = execution.microbatches
         parts = {name: s / (whole if name in ("loss", "z_loss") else jnp.maximum(w, 1e-9) * M) for name, (s, w) in losses.items()}
         return sum(parts.values()), (parts, stats)
 
-    def gradients(params, frozen, batch, key):
+    def learned(params, low):
+        """The weights in the compute dtype, as functions of the parameters; their gradients arrive in `precision.reduce` where it is the
+        parameters' own dtype."""
+
+        def leaf(s, p, q):
+            if p is None:  # frozen
+                return q
+            mixed = s.role in ("weight", "embedding") and p.dtype == reduce != compute
+            return Mixed(q, p) if mixed else p.astype(compute)
+
+        return spec.tree_map(leaf, model.params(), params, low)
+
+    def gradients(params, low, batch, key):
         whole = jnp.maximum(run.objective.weight(batch), 1e-9)
         batch = batch | {"rows": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
         grad = jax.grad(total, has_aux=True)
         if execution.microbatches == 1:
-            grads, (parts, stats) = grad(params, frozen, batch, whole, key)
+            grads, (parts, stats) = grad(params, low, batch, whole, key)
             return jax.tree.map(lambda g: g.astype(reduce), grads), parts, stats
 
         def one(sums, piece):
-            grads, aux = grad(params, frozen, piece, whole, key)
+            grads, aux = grad(params, low, piece, whole, key)
             return jax.tree.map(lambda s, g: s + g.astype(reduce), sums, grads), aux
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, reduce), params)
@@ -102,10 +114,9 @@ def make_step(model: Any, transform: optax.GradientTransformation, run: Run, exe
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # cast while still sharded: the gathers of FSDP then move the compute dtype
         specs = model.params()
-        cast = spec.tree_map(lambda s, p: constrain(p.astype(compute), s.axes, execution), specs, spec.join(state.params, state.frozen))
-        params, frozen = spec.part(specs, cast)
-        grads, parts, stats = gradients(params, frozen, batch, jax.random.fold_in(state.key, state.step))
-        norm = optax.global_norm(grads)
+        low = spec.tree_map(lambda s, p: constrain(p.astype(compute), s.axes, execution), specs, spec.join(state.params, state.frozen))
+        grads, parts, stats = gradients(state.params, low, batch, jax.random.fold_in(state.key, state.step))
+        norm = optax.tree.norm(grads)
         if run.clip is not None:
             shrink = jnp.minimum(1.0, run.clip / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * shrink, grads)

@@ -6,6 +6,7 @@ can be stacked, scanned over and split like the array that it stands for; their 
 """
 
 import re
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +98,59 @@ class OutFirst(flax.struct.PyTreeNode):
         return jnp.einsum(f"{xs},{ws[self.inputs :]}{ws[: self.inputs]}->{ys}", x, self.w.astype(x.dtype))
 
 
+class Mixed(flax.struct.PyTreeNode):
+    """A weight that is multiplied in one dtype (`low`, a constant) and learned in another (`full`, which takes the gradient and is never
+    read). Its gradient leaves the product in full's dtype, so that devices add it up in float32 while they gather bfloat16."""
+
+    low: Any
+    full: Any
+
+    def array(self) -> Array:
+        """The values of low in the dtype of full: an op rounds them back to what they were, and gives full's gradient."""
+        return _wide(self.low, self.full)
+
+    def einsum(self, eq: str, x: Array) -> Array:
+        return _mixed_einsum(eq, x, self.low, self.full)
+
+    def take(self, ids: Array) -> Array:
+        return _mixed_take(self.low, self.full, ids)
+
+
+@jax.custom_vjp
+def _wide(low, full):
+    return low.astype(full.dtype)
+
+
+_wide.defvjp(lambda low, full: (low.astype(full.dtype), None), lambda _, g: (None, g))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_einsum(eq, x, low, full):
+    return jnp.einsum(eq, x, low)
+
+
+def _mixed_einsum_backward(eq, saved, dy):
+    x, low, full = saved
+    xs, ws, ys = letters(eq)
+    return jnp.einsum(f"{ys},{ws}->{xs}", dy, low), None, jnp.einsum(f"{xs},{ys}->{ws}", x, dy, preferred_element_type=full.dtype)
+
+
+_mixed_einsum.defvjp(lambda eq, x, low, full: (jnp.einsum(eq, x, low), (x, low, full)), _mixed_einsum_backward)
+
+
+@jax.custom_vjp
+def _mixed_take(low, full, ids):
+    return jnp.take(low, ids, axis=0)
+
+
+def _mixed_take_backward(saved, dy):
+    full, ids = saved
+    return None, jnp.zeros_like(full).at[ids].add(dy.astype(full.dtype)), None
+
+
+_mixed_take.defvjp(lambda low, full, ids: (jnp.take(low, ids, axis=0), (full, ids)), _mixed_take_backward)
+
+
 class Matrix(flax.struct.PyTreeNode):
     """The same weight as (inputs, outputs), multiplied as two dims by two dims forward and backward: XLA:CPU copies an operand of every
     other product, and of the weight's gradient the wider one. `dims` are the plain weight's inputs and outputs."""
@@ -136,7 +190,7 @@ def prepare(params: Tree, specs: Tree, run: "Execution") -> Tree:
         return params
 
     def leaf(spec, w):
-        if spec.role != "weight" or "->" not in spec.axes or "experts" in spec.names:
+        if not isinstance(w, jax.Array) or spec.role != "weight" or "->" not in spec.axes or "experts" in spec.names:
             return w
         loose, inputs, outputs = (tuple(w.shape[i] for i in part) for part in spec.matrix)
         return Matrix(w.reshape(*loose, prod(inputs), prod(outputs)), (inputs, outputs))

@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -204,6 +205,7 @@ def quickstart(args) -> dict:
         first, total, _ = run([*TRAIN, "--config", str(config)], folder)
         out = Path(folder) / "runs/quickstart"
         found = last_evaluation(out)
+        shutil.copy(out / "loss.png", ROOT / "docs/quickstart.png")
         share, longest, texts = samples(out, Path(folder))
         print("\n".join(f"--- {text!r}" for text in texts[:3]))
     return {

@@ -99,7 +99,7 @@ class Strided(Mask):
     columns: int = 1
 
     def __post_init__(self):
-        _positive(block=self.block, columns=self.columns)
+        _positive(block=self.block)
 
     def allows(self, q, k):
         return (k % self.block >= self.block - self.columns) | (q // self.block == k // self.block)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minllm.layer import Context, Layer, Out, add_losses, positions_of
+from minllm.layer import Context, Execution, Layer, Out, add_losses, positions_of
 from minllm.layers.attention import Attention
 from minllm.layers.dropout import dropout
 from minllm.layers.norm import Norm, RMSNorm
 from minllm.layers.stack import Stack
 from minllm.sharding import constrain
 from minllm.spec import FanIn, Normal, Spec, Tree, is_spec
-from minllm.weights import as_array, einsum, take
+from minllm.weights import Mixed, as_array, einsum, take
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class Decoder:
     def hidden(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context, cache: Tree = None) -> Out:
         """The normed residual stream "B T D": what the head multiplies. Its dtype is that of the parameters."""
         ctx = with_positions(ctx, tokens, cache)
-        table = p["embed"]
-        if isinstance(table, jax.Array):  # gathered first: a lookup in a sharded table is a surprise of communication
-            table = constrain(table, "_ _", ctx.run)
-        x = take(table, tokens) * self.embed_scale
+        x = take(_gathered(p["embed"], ctx.run), tokens) * self.embed_scale
         x = constrain(dropout(x, self.dropout, ctx), "batch residual_seq act_embed", ctx.run)
         depth, losses, caches, stats = 0, None, [], []
         for i, layer in enumerate(self.trunk):
@@ -66,9 +63,10 @@ class Decoder:
             depth += len(layer.pattern) * layer.times if stacked else 1
         return Out(self.norm.apply(p["norm"], x, ctx).x, cache and tuple(caches), losses, tuple(stats))
 
-    def head(self, p: Tree) -> Float[Array, "D V"]:
-        """What the hidden state is multiplied by."""
-        return p["embed"].T if self.tied else as_array(p["head"])
+    def head(self, p: Tree, run: Execution) -> Float[Array, "D V"]:
+        """What the hidden state is multiplied by, whole on every device."""
+        w = as_array(_gathered(p["embed"] if self.tied else p["head"], run))
+        return w.T if self.tied else w
 
     def logits(self, p: Tree, h: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
         y = einsum("btd,vd->btv", h, p["embed"]) if self.tied else einsum("btd,dv->btv", h, p["head"])
@@ -100,6 +98,13 @@ def with_positions(ctx: Context, tokens: Int[Array, "B T"], cache: Tree) -> Cont
     if ctx.segments is not None:
         return ctx.replace(positions=positions_of(ctx.segments))
     return ctx.replace(positions=jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+
+
+def _gathered(w: Any, run: Execution) -> Any:
+    """A table on every device: a lookup in a sharded one is a surprise of communication."""
+    if isinstance(w, Mixed):
+        return w.replace(low=constrain(w.low, "_ _", run))
+    return constrain(w, "_ _", run) if isinstance(w, jax.Array) else w
 
 
 def _attentions(layer: Any) -> Iterator[Attention]:

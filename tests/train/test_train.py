@@ -442,7 +442,8 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(write, tmp_path
         "import resource as r, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); r.setrlimit(r.RLIMIT_FSIZE, (3000, 3000));"
         "from minllm.train import main; sys.exit(main(sys.argv[1:]))"
     )
-    environment = ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    # nor may the limit cut off what Python and JAX would write beside the run
+    environment = ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", script, "--config", file, "steps=4", "metrics=[]"], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
