@@ -325,8 +325,9 @@ def group_size(collective):
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_communication_budget(name, tmp_path, no_cache):
-    """Law 10, read off the partitioned program: kinds, numbers a layer and dtypes. Weights and activations move in the compute
-    dtype, gradients of weights add up in float32 (K15); nothing but gathers and sums exists; no array of a layer is replicated that the Rules shard."""
+    """Law 10, read off the partitioned program: kinds, numbers a layer and dtypes. Weights and activations move in the compute dtype,
+    gradients of weights add up in float32 (K15); nothing but gathers and sums exists; no array of a layer is replicated that the Rules
+    shard."""
     D, length, rows = 64, 96, 32
     args = dict(D=D, layers=3, heads=8, kv_heads=4, head_dim=8, hidden=128, scaling=None)
     run = Run(model=Model(args=args), data=Data(length=length), batch=rows, mesh=Mesh(**LAW10[name]), scan=True,
