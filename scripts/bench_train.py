@@ -38,8 +38,8 @@ def main() -> None:
         figures = BENCHES[name](args)
         for what, row in figures.items():
             print(f"{name:12} {what:56} {row['measured']!s:>12}   bar {row['bar']}", flush=True)
-        files = [p for folder in ("minllm", "kernels/minllm_kernels", "configs") for p in sorted((ROOT / folder).rglob("*"))]
-        sources = [p for p in files if p.suffix in (".py", ".yaml")]
+        sources = covered("data" if name == "data" else "train, minllm.step, minllm.data, minllm.checkpoint, minllm.metrics")
+        sources += [config] if (config := ROOT / f"configs/{name}.yaml").exists() else []
         result = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{processor()}, {os.cpu_count()} cores",
@@ -49,6 +49,13 @@ def main() -> None:
         }
         (ROOT / "tests/results").mkdir(exist_ok=True)
         (ROOT / f"tests/results/train_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def covered(units: str) -> list[Path]:
+    """The files of this repository that a figure stands on: what `import minllm.UNITS` brings in."""
+    code = f"import minllm.{units}, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return sorted(p for line in out.splitlines() if (p := Path(line)).is_relative_to(ROOT / "minllm") or p.is_relative_to(ROOT / "kernels"))
 
 
 def processor() -> str:
@@ -149,15 +156,23 @@ def our_step(**changes):
 
 
 def speed(args) -> dict:
+    from minllm.train import keep_freed_memory
+    from minllm_kernels import native
+
     theirs, parameters = torch_step()
     figures = {}
     ways = {
         "scanned layers, plain layout, reference attention": dict(scan=True, layout="plain", kernels="reference"),
         "+ unrolled layers": dict(scan=False, layout="plain", kernels="reference"),
         "+ matrix layout": dict(scan=False, layout="matrix", kernels="reference"),
-        "+ attention by row and block (what train runs)": {},
+        "+ attention by row and block": dict(native=False),
+        "+ attention in C++ (what train runs)": {},
     }
+    native.build()
+    there = native.missing
+    keep_freed_memory()  # as the trainer does; for both sides, being one process
     for way, changes in ways.items():
+        native.missing = there if changes.pop("native", True) else lambda: "left out for comparison"
         ours, same = our_step(**changes)
         assert same == parameters, (same, parameters)
         theirs(), ours(), theirs(), ours()
@@ -171,7 +186,7 @@ def speed(args) -> dict:
             times.append(pair)
         torch, jax = (statistics.median(column) for column in zip(*times))
         ratio = statistics.median(a / b for a, b in times)
-        figures[f"tokens/s over PyTorch's: {way}"] = figure(round(ratio, 3), ">= 1.0" if not changes else "-")
+        figures[f"tokens/s over PyTorch's: {way}"] = figure(round(ratio, 3), ">= 1.0" if "what train runs" in way else "-")
         figures[f"tokens/s, PyTorch and ours: {way}"] = figure(f"{B * T / torch:.0f}, {B * T / jax:.0f}", "-")
     return figures
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import jax
 
-Impl = Literal["auto", "reference", "xla", "cpu", "tpu", "gpu"]
-PLATFORM = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
+Impl = Literal["auto", "reference", "xla", "cpu", "native", "tpu", "gpu"]
+PLATFORM = {"native": "cpu", "cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def _say_once(message: str) -> None:
 def choose(name: str, impl: Impl, reference: Callable, branches: dict[str, Branch], *args: Any, chip: str | None = None, **static: Any):
     """Run the op `name` on `args` (arrays or None) with `static` settings.
 
-    impl "auto" takes, at lowering, the branch of the platform; where there is none, the "xla" branch (plain JAX that compiles well
+    impl "auto" takes, at lowering, the first branch of the platform that can serve the call ("native": C++ for the CPU, where it is built;
+    "cpu": plain JAX arranged for it); where there is none, the "xla" branch (plain JAX that compiles well
     everywhere), and else the reference. A kernel that cannot serve the call is left out with one warning. Any other impl takes exactly
     that one and raises ValueError when it cannot serve the call.
     """
@@ -55,5 +56,5 @@ def choose(name: str, impl: Impl, reference: Callable, branches: dict[str, Branc
         elif not reason and platform == "xla":
             plain = run
         elif not reason:
-            offered[PLATFORM[platform]] = run
+            offered.setdefault(PLATFORM[platform], run)
     return jax.lax.platform_dependent(*args, default=plain, **offered) if offered else plain(*args)

@@ -9,10 +9,19 @@ from jaxtyping import Array, Float, Int
 
 from minllm_kernels.dispatch import Branch, Impl, choose
 from minllm_kernels.mask import Causal, Mask
-from minllm_kernels.ops.attention import chunked, cpu, reference
+from minllm_kernels.ops.attention import chunked, cpu, native, reference
 
-FORWARD = {"xla": Branch(chunked.forward, chunked.supports), "cpu": Branch(cpu.forward, cpu.supports)}
-BACKWARD = {"xla": Branch(chunked.backward, chunked.supports), "cpu": Branch(cpu.backward, cpu.supports)}
+# "native" stands before "cpu": both are for the CPU, and the first that can serve a call does.
+FORWARD = {
+    "xla": Branch(chunked.forward, chunked.supports),
+    "native": Branch(native.forward, native.supports),
+    "cpu": Branch(cpu.forward, cpu.supports),
+}
+BACKWARD = {
+    "xla": Branch(chunked.backward, chunked.supports),
+    "native": Branch(native.backward, native.supports),
+    "cpu": Branch(cpu.backward, cpu.supports),
+}
 
 
 def attention(
@@ -40,7 +49,7 @@ def attention(
     softcap: scores become softcap * tanh(score / softcap) (Gemma 2). sinks: one extra logit a head, whose value is zero.
     bias: added to the scores. keep: multiplies the probabilities (dropout); neither is ever cheap.
     A row that sees nothing gives zeros. Softmax in float32. Differentiable in q, k, v, sinks and bias.
-    impl: "auto" | "reference" | "xla" | "cpu" | "tpu" | "gpu"; chip: the device kind that tiles are chosen for.
+    impl: "auto" | "reference" | "xla" | "cpu" | "native" | "tpu" | "gpu"; chip: the device kind that tiles are chosen for.
 
     Raises ValueError where shapes do not fit, or when the chosen impl cannot serve the call.
     """
