@@ -1,0 +1,1 @@
+"""Other people's formats: weights and models of Hugging Face, GGUF, PyTorch and Flax, in and out."""
