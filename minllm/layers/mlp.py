@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from minllm.layer import Context, Layer, Out
@@ -87,7 +86,7 @@ class MLP(Layer):
         return p
 
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
-        h = checkpoint_name(einsum("btd,df->btf", x, p["up"]), "mlp")
+        h = einsum("btd,df->btf", x, p["up"])
         h = self.act(h + p["up_bias"].astype(x.dtype) if self.bias else h)
         y = einsum("btf,fd->btd", constrain(h, "batch seq act_mlp", ctx.run), p["down"])
         return Out(dropout(y + p["down_bias"].astype(x.dtype) if self.bias else y, self.dropout, ctx))
@@ -95,12 +94,10 @@ class MLP(Layer):
 
 @dataclass(frozen=True)
 class GLU(Layer):
-    """limit: clamps the gate from above and the other branch on both sides; shift: added to the other branch (gpt-oss: 7 and 1).
-    bias: on all three matrices."""
+    """limit: clamps the gate from above and the other branch on both sides; shift: added to the other branch (gpt-oss: 7 and 1)."""
 
     hidden: int
     act: Activation = silu
-    bias: bool = False
     limit: float | None = None
     shift: float = 0.0
     dropout: float = 0.0
@@ -108,18 +105,11 @@ class GLU(Layer):
 
     def params(self, D):
         into = Spec((D, self.hidden), "embed -> mlp", FanIn())
-        p = {"gate": into, "up": into, "down": Spec((self.hidden, D), "mlp -> embed", self.out_init)}
-        if self.bias:
-            b = Spec((self.hidden,), "mlp", role="bias")
-            p |= {"gate_bias": b, "up_bias": b, "down_bias": Spec((D,), "_", role="bias")}
-        return p
+        return {"gate": into, "up": into, "down": Spec((self.hidden, D), "mlp -> embed", self.out_init)}
 
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
-        gate, up = checkpoint_name((einsum("btd,df->btf", x, p["gate"]), einsum("btd,df->btf", x, p["up"])), "mlp")
-        if self.bias:
-            gate, up = gate + p["gate_bias"].astype(x.dtype), up + p["up_bias"].astype(x.dtype)
+        gate, up = einsum("btd,df->btf", x, p["gate"]), einsum("btd,df->btf", x, p["up"])
         if self.limit is not None:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         h = constrain(self.act(gate) * (up + self.shift if self.shift else up), "batch seq act_mlp", ctx.run)
-        y = einsum("btf,fd->btd", h, p["down"])
-        return Out(dropout(y + p["down_bias"].astype(x.dtype) if self.bias else y, self.dropout, ctx))
+        return Out(dropout(einsum("btf,fd->btd", h, p["down"]), self.dropout, ctx))
