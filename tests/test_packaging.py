@@ -36,7 +36,7 @@ def package_files() -> set[str]:
     found = set()
     for folder in (ROOT / "minllm", ROOT / "kernels/minllm_kernels"):
         for path in folder.rglob("*"):
-            if path.suffix in (".py", ".typed", ".json", ".md", ".txt", ".yaml", ".textproto"):
+            if path.suffix in (".py", ".typed", ".json", ".md", ".txt", ".yaml", ".textproto", ".cc", ".h"):
                 found.add(path.relative_to(folder.parent).as_posix())
     return found
 
@@ -189,10 +189,10 @@ def test_run_makes_the_environment_once(machine):
     status, said, calls = machine.run("train", "--config", "a b.yaml", "x.y=1")
     assert status == 0, said
     assert "the CPU version" in said
-    assert [call.split(": -m ")[1].split()[0] for call in calls] == ["venv", "pip", "pip", "minllm.train"]
+    assert [call.split(": -m ")[1].split()[0] for call in calls] == ["venv", "pip", "pip", "minllm_kernels.native", "minllm.train"]
     assert f"-c {machine.clone}/constraints.txt" in calls[2]
     assert calls[2].endswith(f"-e {machine.clone}[cpu]")
-    assert calls[3] == f"{machine.elsewhere}: -m minllm.train --config a b.yaml x.y=1", "the command runs where the user stands"
+    assert calls[4] == f"{machine.elsewhere}: -m minllm.train --config a b.yaml x.y=1", "the command runs where the user stands"
     status, said, calls = machine.run("train")
     assert (status, said, calls) == (0, "", [f"{machine.elsewhere}: -m minllm.train"])
 
@@ -203,8 +203,8 @@ def test_run_installs_the_tests_on_first_need_and_keeps_them(machine):
     status, said, calls = machine.run("test", "-k", "law")
     assert status == 0, said
     assert calls[1].endswith("[cpu,test]")
-    assert calls[2].startswith(f"{machine.clone}: -m pytest ")
-    assert calls[2].endswith(" -k law")
+    assert calls[3].startswith(f"{machine.clone}: -m pytest ")
+    assert calls[3].endswith(" -k law")
     assert len(machine.run("train")[2]) == 1
     assert len(machine.run("test")[2]) == 1
 
@@ -215,7 +215,7 @@ def test_run_brings_a_changed_environment_up_to_date(machine):
     with open(machine.clone / "constraints.txt", "a") as file:
         file.write("novelty==1.0\n")
     calls = machine.run("train")[2]
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert calls[1].endswith("[cpu,test]"), "an update keeps the tests"
     assert machine.run("train", MINLLM_ACCELERATOR="gpu")[2][1].endswith("[gpu,test]")
 
