@@ -204,13 +204,13 @@ class Trainer:
         trained, frozen = spec.part(self.built.model.params(), adapted)
         return state.replace(params=trained, frozen=frozen)
 
-    def save(self, step: int, state: Any, metric: float | None = None) -> None:
+    def save(self, step: int, state: Any) -> None:
         extra = {
             "config": flatten(self.run), "tokenizer": self.data.tokenizer.hash, "data": self.data.identity,
             "stages": [list(stage) for stage in self.ramp.stages], "samples": self.ramp.start_of(step), "seed": self.run.seed,
         }  # fmt: skip
         with self.goodput.during("checkpoint"):
-            self.checkpoints.save(step, state, extra, metric)
+            self.checkpoints.save(step, state, extra)
 
     # --- programs ---------------------------------------------------------------------------------------------------------
 
@@ -331,9 +331,10 @@ class Trainer:
                 log.note(f"stopped by {stopped[0]} after step {step}; the same command continues from there")
                 return found
             if self.whole and step > begin:
+                if self.some and run.checkpoints.best:  # by the windows that the others were rated by
+                    self.checkpoints.rate(step, self.evaluate(state, self.some)["eval/loss"])
                 found = self.evaluate(state, self.whole)
                 log.write(step, found)
-                self.checkpoints.rate(step, found["eval/loss"])
             for text in self.texts(state):
                 log.note(text)
             log.note(self.summary(step, found))
@@ -372,6 +373,7 @@ class Trainer:
         import jax
 
         from minllm import spec
+        from minllm_kernels import native
 
         specs = self.built.model.params()
         trained, whole = spec.count(specs), sum(s.size for s in jax.tree.leaves(specs, is_leaf=spec.is_spec))
@@ -384,6 +386,7 @@ class Trainer:
             f"{self.out}: {self.run.model.family}, {trained:,}{frozen} trained parameters, on {where}\n"
             f"{stats['train'].tokens:,} training tokens in {stats['train'].documents:,} documents, {stats['held_out'].tokens:,} held out; "
             f"{self.run.steps:,} steps, {begin} step {self.restored or 0}"
+            + (f"\nslower than need be: {why}" if jax.default_backend() == "cpu" and (why := native.missing()) else "")
         )
 
     def summary(self, step: int, found: dict[str, float]) -> str:

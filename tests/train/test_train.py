@@ -202,6 +202,17 @@ def test_a_batch_ramp(run, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_the_best_are_rated_by_the_same_windows(run, tmp_path):
+    """The last evaluation is of the whole split; its checkpoint is compared by the windows that the earlier ones were rated by."""
+    assert run("checkpoints.best=true", "evaluations.rows=8", "evaluations.every=4") == 0
+    rated = {step: json.loads((tmp_path / f"run/checkpoints/{step}/metric").read_text()) for step in (4, 8)}
+    found = {line["step"]: line["eval/loss"] for line in metrics.read(tmp_path / "run/metrics.jsonl") if "eval/loss" in line}
+    assert rated[4] == found[4] and rated[8] != found[8]
+    assert run("checkpoints.best=true", "evaluations.rows=null", "evaluations.every=4", out="all") == 0
+    all_rows = {line["step"]: line["eval/loss"] for line in metrics.read(tmp_path / "all/metrics.jsonl") if "eval/loss" in line}
+    assert found[8] == all_rows[8] == json.loads((tmp_path / "all/checkpoints/8/metric").read_text())
+
+
 def test_restart_begins_again(run, tmp_path, whole):
     assert run("steps=3", "optimizer.lr=1e-3") == 0
     assert run("--restart") == 0
