@@ -332,10 +332,13 @@ def resume(args) -> dict:
         for folder in (whole, broken):
             corpus(folder / "corpus", 0.5)
             (folder / "config.yaml").write_text(TINY)
-        reached = []
+        reached, ready = [], None
         for _ in range(20):
-            process = subprocess.Popen([*command, "steps=1000000"], cwd=broken, **quiet)
-            time.sleep(pick.uniform(2.0, 7.0))  # some kills come before the first step, some into a save
+            began, process = time.monotonic(), subprocess.Popen([*command, "steps=1000000"], cwd=broken, **quiet)
+            while ready is None and not losses_of(broken):  # how long this machine takes to the first step
+                time.sleep(0.1)
+            ready = ready or time.monotonic() - began
+            time.sleep(ready * pick.uniform(0.5, 2.0))  # some kills come before the first step, some into a save
             process.kill()
             process.wait()
             reached.append(max((step for step, _ in losses_of(broken)), default=0))

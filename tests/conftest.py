@@ -4,9 +4,12 @@ Everything here is a default: a variable that is already set wins, e.g. `JAX_PLA
 `JAX_DISABLE_MOST_OPTIMIZATIONS=0` for compiled programs as a user gets them.
 """
 
+import collections
+import datetime
 import hashlib
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -82,3 +85,25 @@ def pytest_cmdline_main(config):
     lines = stale_results(ROOT)
     print("\n".join([*lines, f"{len(lines)} stale results"]))
     return 1 if lines else 0
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A whole nightly tier that passed is a result: tests/results/nightly.json, for as long as no source changes."""
+    config, option = session.config, session.config.option
+    whole = option.markexpr == "nightly" and not option.keyword and not option.collectonly and config.args == config.getini("testpaths")
+    if hasattr(config, "workerinput") or exitstatus or not whole:
+        return
+    import jax
+
+    passed = config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", [])
+    files = [p for root in ("minllm", "kernels/minllm_kernels") for p in (ROOT / root).rglob("*")]
+    sources = sorted(p for p in files if p.suffix in (".py", ".cc", ".h"))
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "figures": {name: {"measured": count, "bar": "all pass"} for name, count in
+                    sorted(collections.Counter(report.nodeid.split("[")[0] for report in passed).items())},
+        "sources": {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sources},
+    }  # fmt: skip
+    (ROOT / "tests/results/nightly.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -333,6 +333,7 @@ def test_gpt_learns_more_than_frequencies():
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_the_transformer_writes_backwards():
     """A02: 99 % of the tokens of rows that it has not seen."""
     assert transformer.main([]) >= 0.99
