@@ -161,6 +161,12 @@ def _without_late_writes(hook: Callable) -> Callable:
     return lambda told: None if late(told) else hook(told)
 
 
+def clear(folder: epath.PathLike) -> None:
+    """Deletes every checkpoint of a run folder."""
+    if _place(folder).exists():
+        _place(folder).rmtree()
+
+
 def steps(folder: epath.PathLike) -> list[int]:
     """The steps of the complete checkpoints in a run folder, oldest first."""
     place = _place(folder)

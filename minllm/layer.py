@@ -11,7 +11,8 @@ A `Layer` is a frozen dataclass of hyperparameters with pure methods. It holds n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -19,12 +20,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key
+from pydantic import Field
 
 from minllm.config import config
 from minllm.sharding import ALL, Rules
 from minllm.spec import Tree
 
 Remat = Literal["none", "full", "layer", "dots"]
+ContextKind = Literal["gather", "ring", "ulysses"]
+Zero = Literal[1, 2, 3]
+# What layers name for the backward pass: the residual stream that enters a layer; queries, keys and values as attention takes them; what
+# attention gives; the products that a feed-forward layer's activation takes.
+Named = Literal["input", "qkv", "attention", "mlp"]
 
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -42,6 +49,15 @@ class Precision:
     reduce: DType = "float32"
 
 
+@config
+class Pipeline:
+    """How microbatches go through the stages of a pipeline (mesh.stage > 1): `parallel/schedule.py`."""
+
+    schedule: Literal["gpipe", "1f1b", "zero_bubble"] = "1f1b"
+    virtual: int = Field(default=1, ge=1, description="chunks of layers a stage holds; more than one is interleaved")
+    consecutive: int | None = Field(default=None, ge=1, description="microbatches through a chunk before the next one; null: mesh.stage")
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a model runs. Nothing here changes a value beyond rounding, and a law tests that.
@@ -49,19 +65,36 @@ class Execution:
     kernels: which implementation of each op; "auto" takes the best that the platform has.
     remat: what the backward pass recomputes: nothing ("none"), every repetition of a stack's pattern from its input ("full"), every layer
         from its own input ("layer"), all but the results of matmuls with weights ("dots").
+    save, offload: what remat "full" and "layer" keep all the same, on the device or in the host's memory (`Named`).
     scan: one `lax.scan` over stacked layers, or unrolled.
     layout: how weights lie for matmuls: as declared, or as matrices (`weights.Matrix`), which a CPU multiplies by faster.
     microbatches: pieces that a batch is split into; gradients add up in `precision.reduce`.
+    context: how queries meet keys that other devices hold: `parallel/ring.py`.
+    pipeline: the schedule of a mesh with more than one stage.
+    zero: what the mesh axes of `embed` shard besides the optimizer's state and the parameters that it updates (Rajbhandari et al. 2019,
+        arXiv 1910.02054, section 5): 3, everything: weights are gathered where they are used, forward and backward; 2, gradients, but
+        the weights in the compute dtype are gathered once a step and kept (Llama 3's FSDP, section 3.3); 1, not even gradients.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     rules: Rules = ALL
     kernels: Literal["auto", "reference", "tpu", "gpu"] = "auto"
     remat: Remat = "none"
+    save: tuple[Named, ...] = ()
+    offload: tuple[Named, ...] = ()
     scan: bool = True
     layout: Literal["plain", "matrix"] = "plain"
     microbatches: int = 1
+    context: ContextKind = "gather"
+    zero: Zero = 3
     precision: Precision = field(default_factory=Precision)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+
+    def __post_init__(self):
+        if (self.save or self.offload) and self.remat not in ("full", "layer"):
+            raise ValueError(f"save and offload say what remat keeps, and remat is {self.remat!r}; set remat: full or layer")
+        if both := set(self.save) & set(self.offload):
+            raise ValueError(f"{min(both)!r} cannot be both saved and offloaded; take it off one of the lists")
 
     @property
     def chip(self) -> str | None:
@@ -76,6 +109,8 @@ class Context(flax.struct.PyTreeNode):
     positions: of each token in its document; negative: no token, never attended to and never written to a cache.
     segments: the document of each token in a packed row; 0 is padding.
     prefix: tokens at positions below it see each other both ways (prefix LM); one number a row, or one a token.
+    memory: what attention over another sequence sees; memory_positions: -1 where it is padding, None for no padding.
+    shared: parameters that all layers read (T5's table of distances).
     rows: the number of each row in the global batch, so that a microbatch drops what the whole batch would; None: 0 to B-1.
     layer: the global index of the next layer of a stack.
     key: of this layer's randomness, fold_in(key of the model, global layer index); None switches dropout off.
@@ -85,6 +120,8 @@ class Context(flax.struct.PyTreeNode):
     segments: Int[Array, "B T"] | None = None
     prefix: Int[Array, "B T"] | Int[Array, "B 1"] | None = None
     memory: Float[Array, "B S D"] | None = None
+    memory_positions: Int[Array, "B S"] | None = None
+    shared: Any = None
     pages: Any = None
     rows: Int[Array, " B"] | None = None
     layer: int | Int[Array, ""] = 0
@@ -113,7 +150,13 @@ def add_losses(a: Losses | None, b: Losses | None) -> Losses | None:
 
 @runtime_checkable
 class Layer(Protocol):
-    """D is the model width, B the batch, S the number of tokens that a cache must be able to hold."""
+    """D is the model width, B the batch, S the number of tokens that a cache must be able to hold.
+
+    any_order: whether tokens may stand in any order, because the layer knows them by `ctx.positions` and `ctx.segments` alone; False for
+    a layer that reads a token's neighbours (a convolution, a recurrence).
+    """
+
+    any_order = True
 
     def params(self, D: int) -> Tree:
         """The Specs of the weights."""
@@ -128,6 +171,18 @@ class Layer(Protocol):
     def update(self, p: Tree, stats: Any) -> Tree:
         """The only update of parameters that is not by gradient (a router's bias), run by the step."""
         return p
+
+
+def layers_in(x: Any) -> Iterator[Layer]:
+    """Every layer inside a layer or model, itself included."""
+    if isinstance(x, tuple):
+        for part in x:
+            yield from layers_in(part)
+    elif is_dataclass(x) and not isinstance(x, type):
+        if hasattr(x, "any_order"):
+            yield x
+        for f in fields(x):
+            yield from layers_in(getattr(x, f.name))
 
 
 def positions_of(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:

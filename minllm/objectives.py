@@ -11,9 +11,8 @@ from pydantic import Field
 
 from minllm.config import config
 from minllm.layer import Context, Losses, add_losses
-from minllm.sharding import local
+from minllm.parallel.vocab import cross_entropy
 from minllm.spec import Tree
-from minllm_kernels import cross_entropy
 
 Batch = dict[str, Any]
 
@@ -32,20 +31,17 @@ class NextToken:
     def weight(self, batch: Batch) -> Any:
         return batch["weights"].astype(jnp.float32).sum()
 
+    def context(self, batch: Batch, ctx: Context) -> Context:
+        """What the layers see of the batch beside its tokens."""
+        return ctx.replace(segments=batch.get("segments"), positions=batch.get("positions"))
+
     def losses(self, model: Any, p: Tree, batch: Batch, ctx: Context, aim: bool = True) -> tuple[Losses, Any]:
         """({"loss": ..., and what else is added to it}, statistics of the layers). Without `aim`, plain cross-entropy: what evaluation
         reports."""
-        ctx = ctx.replace(segments=batch.get("segments"), positions=batch.get("positions"))
+        ctx = self.context(batch, ctx)
         out = model.hidden(p, batch["tokens"], ctx)
-        run = ctx.run
-
-        def op(x, w, targets):
-            return cross_entropy(x, w, targets, softcap=model.softcap, smoothing=self.smoothing if aim else 0.0,
-                                 impl=run.kernels, chip=run.chip)  # fmt: skip
-
-        rows = "batch residual_seq"  # a tensor group shares out the tokens, not the vocabulary
-        head = model.head(p, run)
-        loss, lse = local(op, (f"{rows} _", "_ _", rows), (rows, rows), run)(out.x, head, batch["targets"])
+        smoothing = self.smoothing if aim else 0.0
+        loss, lse = cross_entropy(out.x, model.head(p), batch["targets"], softcap=model.softcap, smoothing=smoothing, run=ctx.run)
         w = batch["weights"].astype(loss.dtype)
         losses = {"loss": ((loss * w).sum(), w.sum())}
         if self.z_loss and aim:

@@ -1,12 +1,17 @@
 """What one training run is: the class that a config file is read into."""
 
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from minllm.config import config
+from minllm.config import ConfigError, Loaded, config, load
 from minllm.data import Chat, Data, Mixture, Ramp
-from minllm.layer import Precision, Remat
+from minllm.layer import ContextKind, Named, Pipeline, Precision, Remat, Zero
 from minllm.lora import LoRA
 from minllm.objectives import SFT, NextToken, Objective
 from minllm.optim import AdamW, Optimizer, Schedule
@@ -16,11 +21,16 @@ from minllm.sample import Sampler
 @config
 class Model:
     """A family of `minllm.models.FAMILIES`, a preset of it, and arguments of its builder in place of the preset's. Without
-    args.vocab the vocabulary is the tokenizer's."""
+    args.vocab the vocabulary is the tokenizer's. Or the model of a folder."""
 
     family: str = "llama"
     preset: str | None = None
     args: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
+    like: str | None = Field(default=None, description="a Hugging Face or run folder whose model this is, in place of a family")
+
+    def __post_init__(self):
+        if self.like is not None and (self.preset is not None or self.args):
+            raise ValueError(f"model.like takes the model of {self.like} as it is; leave out model.preset and model.args")
 
 
 @config
@@ -41,6 +51,7 @@ class Checkpoints:
     keep: int = Field(default=3, ge=1, description="the newest so many are kept")
     best: bool = Field(default=True, description="and the one of the best evaluation")
     save_async: bool = Field(default=True, description="write while training goes on")
+    folder: str | None = Field(default=None, description="where they go if not into the run folder, such as gs://bucket/name")
 
 
 @config
@@ -76,17 +87,27 @@ class Run:
     spike: float | None = Field(default=None, gt=1, description="skip a step whose gradient norm is so many times its moving average")
     average: float | None = Field(default=None, gt=0, lt=1, description="decay of the moving average of the parameters; null: none")
     lora: LoRA | None = Field(default=None, description="train low-rank factors beside frozen weights")
-    init_from: str | None = Field(default=None, description="a run folder or checkpoint whose parameters this run starts from")
+    init_from: str | None = Field(default=None, description="a run, a checkpoint or a Hugging Face folder: where the parameters come from")
     precision: Precision = Precision()
     mesh: Mesh = Mesh()
+    pipeline: Pipeline = Pipeline()
     kernels: Literal["auto", "reference", "tpu", "gpu"] = "auto"
     remat: Remat = "none"
+    save: tuple[Named, ...] = Field(default=(), description="what remat full or layer keeps: input, qkv, attention, mlp")
+    offload: tuple[Named, ...] = Field(default=(), description="what remat full or layer keeps in the host's memory")
+    context: ContextKind = Field(default="gather", description="how attention works over mesh.context: all-gather, ring, or all-to-all")
+    balance: bool = Field(default=False, description="give each device of mesh.context an early and a late piece of every row")
+    zero: Zero = Field(default=3, description="mesh.fsdp shards optimizer state (1), and gradients (2), and weights (3)")
     scan: bool | None = Field(default=None, description="scan over stacked layers; null: unroll on CPU, scan elsewhere")
     checkpoints: Checkpoints = Checkpoints()
     evaluations: Evaluations = Evaluations()
     samples: Samples = Samples()
     metrics: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
+    watchdog: float | None = Field(default=900.0, gt=0, description="seconds without progress after which stacks are written; null: never")
     compilation_cache: str | None = Field(default=None, description="folder where compiled programs are kept between runs")
+    topologies: dict[str, dict[str, int | float | bool | str | None]] = Field(
+        default_factory=dict, description="settings by machine, as key.sub: value; `--topology NAME` lays them over the others"
+    )
 
     def __post_init__(self):
         sources = self.data.source.sources if isinstance(self.data.source, Mixture) else (self.data.source,)
@@ -103,3 +124,22 @@ class Run:
             return mine
         before = tuple((first, size) for first, size in past.stages if first < step)
         return Ramp(stages=(*before, (step, mine.size_of(step)), *((first, size) for first, size in mine.stages if first > step)))
+
+
+def for_topology(path: str | Path | None, name: str | None, overrides: Sequence[str] = ()) -> Loaded[Run]:
+    """The run of a config file with what its section `topologies` says of machine `name`, and `overrides` over both.
+
+    A file without the section fits every machine. Raises ConfigError for a name that the section lacks.
+    """
+    plain = load(Run, path, overrides)
+    known = plain.value.topologies
+    if name is None or not known:
+        return plain
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path} has settings for {', '.join(known)}, not for {name}{hint}; add it under topologies")
+    said = known[name]
+    loaded = load(Run, path, (*(f"{key}={json.dumps(value)}" for key, value in said.items()), *overrides))
+    mine = {text.split("=")[0] for text in overrides}
+    return replace(loaded, where=loaded.where | {key: f"topologies.{name}" for key in said if key not in mine})

@@ -4,7 +4,7 @@ Each row draws with its own seed, so that a prompt gives the same text in any ba
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,12 +81,7 @@ def sample(
     seeds: one a prompt, or one for all, from which row i draws with seed + i. Raises ValueError for an empty prompt, a token outside the
     vocabulary or another number of seeds than of prompts.
     """
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("every prompt needs at least one token; begin an empty one with the tokenizer's bos or eos token")
-    if foreign := [token for p in prompts for token in p if not 0 <= token < model.vocab]:
-        raise ValueError(f"prompts hold token {foreign[0]}, the vocabulary has {model.vocab}; was another tokenizer used?")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+    _check(model, prompts, max_tokens)
     longest = max(len(p) for p in prompts)
     T = 1 << (longest - 1).bit_length()  # few prompt lengths, few compilations
     tokens, positions = np.zeros((len(prompts), T), np.int32), np.full((len(prompts), T), -1, np.int32)
@@ -104,6 +99,66 @@ def sample(
     out, lengths = _generate(model, unstack(params), jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(list(seeds)),
                              max_tokens, sampler, tuple(stop), run, cache_dtype)  # fmt: skip
     return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths))]
+
+
+def stream(
+    model: Any,
+    params: spec.Tree,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    sampler: Sampler = Sampler(),
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    run: Execution = Execution(),
+    cache_dtype: Any = None,
+) -> Iterator[int]:
+    """The tokens that `sample` gives for one prompt, each as soon as it is drawn; same arguments, same errors.
+
+    The prompt is read in pieces of `CHUNK` tokens and the cache grows by doubling, so that two programs serve every prompt of a length.
+    """
+    _check(model, [prompt], max_tokens)
+    params, key = unstack(params), jax.random.key(seed)
+    slots = max(256, 1 << (len(prompt) + max_tokens - 1).bit_length())
+    dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
+    cache, logits = spec.init(model.cache(1, slots, dtype), jax.random.key(0)), None
+    for start in range(0, len(prompt), CHUNK):
+        piece = prompt[start : start + CHUNK]
+        tokens, positions = np.zeros((1, CHUNK), np.int32), np.full((1, CHUNK), -1, np.int32)
+        tokens[0, : len(piece)], positions[0, : len(piece)] = piece, np.arange(start, start + len(piece))
+        logits, cache = _read(model, params, tokens, positions, cache, run)
+    for i in range(max_tokens):
+        token = int(_draw(sampler, logits, key, i)[0])
+        if token in stop:
+            return
+        yield token
+        if i + 1 < max_tokens:
+            logits, cache = _read(model, params, np.array([[token]], np.int32), np.array([[len(prompt) + i]], np.int32), cache, run)
+
+
+CHUNK = 64  # tokens of a prompt that `stream` reads at once
+
+
+@partial(jax.jit, static_argnames=("model", "run"), donate_argnames="cache")
+def _read(model, params, tokens, positions, cache, run):
+    """(logits of the last token, the cache) of one row."""
+    out = model.hidden(params, tokens, Context(positions=positions, run=run), cache)
+    last = jnp.take_along_axis(out.x, positions.argmax(1)[:, None, None], 1)
+    return model.logits(params, last, Context(run=run))[:, 0], out.cache
+
+
+@partial(jax.jit, static_argnames="sampler")
+def _draw(sampler, logits, key, i):
+    return sampler.draw(logits, jax.random.fold_in(key, i)[None])
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("every prompt needs at least one token; begin an empty one with the tokenizer's bos or eos token")
+    if foreign := [token for p in prompts for token in p if not 0 <= token < model.vocab]:
+        raise ValueError(f"prompts hold token {foreign[0]}, the vocabulary has {model.vocab}; was another tokenizer used?")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
 
 
 @partial(jax.jit, static_argnames=("model", "max_tokens", "sampler", "stop", "run", "cache_dtype"))

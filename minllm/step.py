@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from minllm import models, spec
-from minllm.layer import Context, Execution
+from minllm import models, spec, xla_flags
+from minllm.layer import Context, Execution, layers_in
 from minllm.lora import Adapted
+from minllm.parallel.pipeline import deal, report, value_and_grad
+from minllm.parallel.ring import head_tail
 from minllm.run import Run
 from minllm.sharding import ALL, MESH_AXES, constrain, make_mesh, sharding, shardings
 from minllm.spec import Tree
@@ -73,15 +76,21 @@ def abstract_state(model: Any, transform: optax.GradientTransformation, run: Run
 def make_step(model: Any, transform: optax.GradientTransformation, run: Run, execution: Execution) -> Callable:
     """step(state, batch) -> (state, metrics): pure, to be jitted with the state donated."""
     compute, reduce = jnp.dtype(execution.precision.compute), jnp.dtype(execution.precision.reduce)
+    whole = replace(execution, rules=replace(execution.rules, embed="stage", expert_embed="stage"))
+    inside = execution if execution.zero == 3 else whole  # where weights live while the model runs
+    after = whole if execution.zero == 1 else execution  # and where their gradients do
 
-    def total(params, low, batch, whole, key):
+    def total(params, low, batch, weight, key):
         """The objective of one microbatch: each sum over the weight of the whole batch, so that microbatches add up."""
-        ctx = Context(key=key, rows=batch["rows"], run=execution)
+        ctx = Context(key=key, rows=batch["rows"], run=inside)
         params = prepare(learned(params, low), model.params(), execution)
         losses, stats = run.objective.losses(model, params, batch, ctx)
-        M = execution.microbatches
-        parts = {name: s / (whole if name in ("loss", "z_loss") else jnp.maximum(w, 1e-9) * M) for name, (s, w) in losses.items()}
+        parts = shares(losses, weight)
         return sum(parts.values()), (parts, stats)
+
+    def shares(losses, weight):
+        M = execution.microbatches
+        return {name: s / (weight if name in ("loss", "z_loss") else jnp.maximum(w, 1e-9) * M) for name, (s, w) in losses.items()}
 
     def learned(params, low):
         """The weights in the compute dtype, as functions of the parameters; their gradients arrive in `precision.reduce` where it is the
@@ -90,31 +99,43 @@ def make_step(model: Any, transform: optax.GradientTransformation, run: Run, exe
         def leaf(s, p, q):
             if p is None:  # frozen
                 return q
-            mixed = s.role in ("weight", "embedding") and p.dtype == reduce != compute
-            return Mixed(q, p) if mixed else p.astype(compute)
+            mixed = s.role in ("weight", "embedding") and (p.dtype == reduce != compute or execution.zero < 3)
+            return Mixed(q, p) if mixed else p.astype(q.dtype)
 
         return spec.tree_map(leaf, model.params(), params, low)
 
     def gradients(params, low, batch, key):
-        whole = jnp.maximum(run.objective.weight(batch), 1e-9)
+        weight = jnp.maximum(run.objective.weight(batch), 1e-9)
         batch = batch | {"rows": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
-        grad = jax.grad(total, has_aux=True)
+        specs = spec.part(model.params(), model.params())[0]
+        if execution.mesh is not None and execution.mesh.shape["stage"] > 1:
+            pipeline = value_and_grad(model, run.objective, inside, learned, shares)
+            grads, parts, stats = pipeline(params, low, split(batch, execution), weight, key)
+            return spec.tree_map(lambda s, g: constrain(g, s.axes, after), specs, grads), parts, stats
+
+        def grad(piece):
+            grads, aux = jax.grad(total, has_aux=True)(params, low, piece, weight, key)
+            return spec.tree_map(lambda s, g: constrain(g.astype(reduce), s.axes, after), specs, grads), aux
+
         if execution.microbatches == 1:
-            grads, (parts, stats) = grad(params, low, batch, whole, key)
-            return jax.tree.map(lambda g: g.astype(reduce), grads), parts, stats
+            grads, (parts, stats) = grad(batch)
+            return grads, parts, stats
 
         def one(sums, piece):
-            grads, aux = grad(params, low, piece, whole, key)
-            return jax.tree.map(lambda s, g: s + g.astype(reduce), sums, grads), aux
+            grads, aux = grad(piece)
+            return jax.tree.map(jnp.add, sums, grads), aux
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, reduce), params)
+        zeros = spec.tree_map(lambda s: constrain(jnp.zeros(s.shape, reduce), s.axes, after), specs)
         grads, (parts, stats) = jax.lax.scan(one, zeros, split(batch, execution))
         return grads, jax.tree.map(lambda a: a.sum(0), parts), jax.tree.map(lambda a: a.mean(0), stats)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # cast while still sharded: the gathers of FSDP then move the compute dtype
         specs = model.params()
-        low = spec.tree_map(lambda s, p: constrain(p.astype(compute), s.axes, execution), specs, spec.join(state.params, state.frozen))
+        params = spec.join(state.params, state.frozen)
+        low = spec.tree_map(lambda s, p: constrain(p.astype(s.dtype or compute), s.axes, execution), specs, params)
+        if execution.zero < 3:  # the barrier keeps the cast before the gather
+            low = spec.tree_map(lambda s, p: constrain(p, s.axes, whole), specs, jax.lax.optimization_barrier(low))
         grads, parts, stats = gradients(state.params, low, batch, jax.random.fold_in(state.key, state.step))
         norm = optax.tree.norm(grads)
         if run.clip is not None:
@@ -168,7 +189,7 @@ def make_evaluation(model: Any, run: Run, execution: Execution) -> Callable:
     compute = jnp.dtype(execution.precision.compute)
 
     def evaluate(params: Tree, frozen: Tree, batch: Batch) -> dict[str, Any]:
-        params = jax.tree.map(lambda p: p.astype(compute), spec.join(params, frozen))
+        params = spec.tree_map(lambda s, p: p.astype(s.dtype or compute), model.params(), spec.join(params, frozen))
         params = prepare(params, model.params(), execution)
         return run.objective.losses(model, params, batch, Context(run=execution), aim=False)[0]
 
@@ -184,16 +205,31 @@ class Built:
     execution: Execution
     transform: optax.GradientTransformation
     state: TrainState  # abstract, with shardings
+    kind: str  # of the devices
+
+    @property
+    def pipeline(self) -> str | None:
+        """What a pipeline costs, in words; None without one."""
+        mesh = self.execution.mesh
+        return None if mesh is None or mesh.shape["stage"] == 1 else report(self.model, self.execution)
 
     def compile(self, rows: int, T: int) -> jax.stages.Compiled:
-        """The step for batches of `rows` rows of `T` tokens, with the state donated."""
-        step = jax.jit(make_step(self.model, self.transform, self.run, self.execution), donate_argnums=0)
-        return step.lower(self.state, self.batch(rows, T)).compile()
+        return self.lower(rows, T).compile(compiler_options=xla_flags.options(self.kind))
+
+    def lower(self, rows: int, T: int) -> jax.stages.Lowered:
+        """The step for batches of `rows` rows of `T` tokens, with the state donated. Its metrics are whole on every device."""
+        mesh = self.execution.mesh
+        out = None if mesh is None else (self.shardings(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        step = jax.jit(make_step(self.model, self.transform, self.run, self.execution), donate_argnums=0, out_shardings=out)
+        return step.lower(self.state, self.batch(rows, T))
 
     def init(self, key: Key[Array, ""]) -> TrainState:
         """The initial state, made where it belongs."""
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.state) if self.execution.mesh is not None else None
+        where = self.shardings() if self.execution.mesh is not None else None
         return jax.jit(lambda key: init_state(self.model, self.transform, self.run, key), out_shardings=where)(key)
+
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
     def batch(self, rows: int, T: int) -> Batch:
         """The abstract batch of a step."""
@@ -205,14 +241,44 @@ class Built:
         mesh = self.execution.mesh
         return None if mesh is None else sharding(mesh, self.execution.rules, "batch seq", shape)
 
+    def share(self) -> tuple[tuple[int, ...], int]:
+        """(parts, n): which of n equal parts of the rows of a batch this process reads: those that its devices hold. Processes that share
+        out the tokens or heads of the same rows read the same parts."""
+        mesh = self.execution.mesh
+        if mesh is None:
+            return (0,), 1
+        n = math.prod(mesh.shape[axis] for axis in self.execution.rules.mesh_axes("batch"))
+        where = sharding(mesh, self.execution.rules, "batch", (n,))
+        return tuple(sorted({index[0].indices(n)[0] for index in where.addressable_devices_indices_map((n,)).values()})), n
 
-def build(run: Run, vocab: int, devices: list[jax.Device] | None = None) -> Built:
-    """Model, execution and optimizer of a run, checked against each other. Raises ValueError before anything is compiled."""
+    def put(self, batch: dict[str, Any]) -> Batch:
+        """This process's rows as part of the global batch, their tokens in the order that the mesh wants."""
+        parts, n = self.share()
+        size, T = len(batch["tokens"]) // len(parts), batch["tokens"].shape[1]  # of a part
+        where = self.place((n * size, T))
+        if where is None:
+            return jax.device_put(batch)
+        if (C := self.execution.mesh.shape["context"]) > 1 and self.run.balance:
+            batch = {name: a[:, head_tail(T, C)] for name, a in batch.items()}
+
+        def of_device(a, rows, tokens):
+            first = parts.index(rows.indices(n * size)[0] // size) * size
+            return a[first : first + size, tokens]
+
+        return {name: jax.make_array_from_callback((n * size, T), where, lambda at: of_device(a, *at)) for name, a in batch.items()}
+
+
+def build(run: Run, vocab: int, devices: list[jax.Device] | None = None, like: Any = None) -> Built:
+    """Model, execution and optimizer of a run, checked against each other. like: the model of run.model.like.
+    Raises ValueError before anything is compiled."""
     devices = jax.devices() if devices is None else devices
-    args = {"vocab": vocab, **run.model.args}
+    args = {"vocab": vocab if like is None else like.vocab, **run.model.args}
     if args["vocab"] < vocab:
-        raise ValueError(f"model.args.vocab is {args['vocab']}, but the tokenizer has {vocab} tokens; leave it out or raise it to {vocab}")
-    model = models.build(run.model.family, run.model.preset, **args)
+        said = f"the model of model.like {run.model.like} has {args['vocab']} tokens, the tokenizer {vocab}; use that folder's tokenizer"
+        if like is None:
+            said = f"model.args.vocab is {args['vocab']}, but the tokenizer has {vocab} tokens; leave it out or raise it to {vocab}"
+        raise ValueError(said)
+    model = models.build(run.model.family, run.model.preset, **args) if like is None else like
     model = model if run.lora is None else Adapted(model, run.lora)
     sizes = {axis: getattr(run.mesh, axis) for axis in MESH_AXES}
     mesh = make_mesh(devices, **sizes)
@@ -222,20 +288,34 @@ def build(run: Run, vocab: int, devices: list[jax.Device] | None = None) -> Buil
         rules=ALL,
         kernels=run.kernels,
         remat=run.remat,
+        save=run.save,
+        offload=run.offload,
+        context=run.context,
+        zero=run.zero,
         scan=not cpu if run.scan is None else run.scan,
         layout="matrix" if cpu and mesh.size == 1 else "plain",
         microbatches=run.microbatches,
         precision=run.precision,
+        pipeline=run.pipeline,
     )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     for step, rows in run.ramp().stages:
         if rows % (run.microbatches * shards):
             least = run.microbatches * shards
             raise ValueError(
                 f"batch of {rows} rows (from step {step}) does not divide into {run.microbatches} microbatches over {shards} devices "
-                f"(mesh data x fsdp); use a multiple of {least}, such as {-(-rows // least) * least}"
+                f"(mesh data x fsdp x expert); use a multiple of {least}, such as {-(-rows // least) * least}"
             )
-    if run.data.length % mesh.shape["context"]:
-        raise ValueError(f"data.length {run.data.length} does not divide over mesh.context={mesh.shape['context']}")
+    if run.data.length % (mesh.shape["context"] * mesh.shape["tensor"]):
+        raise ValueError(
+            f"data.length {run.data.length} does not divide over mesh context={mesh.shape['context']} x tensor={mesh.shape['tensor']}; "
+            f"use a multiple of {mesh.shape['context'] * mesh.shape['tensor']}"
+        )
+    if run.balance and mesh.shape["context"] > 1:
+        head_tail(run.data.length, mesh.shape["context"])
+        if fixed := [layer for layer in layers_in(model) if not layer.any_order]:
+            raise ValueError(f"balance: true moves tokens, and {type(fixed[0]).__name__} reads a token's neighbours; set balance: false")
+    if mesh.shape["stage"] > 1:
+        deal(model, mesh.shape["stage"] * run.pipeline.virtual)
     transform = run.optimizer.transform(spec.part(model.params(), model.params())[0])
-    return Built(run, model, execution, transform, abstract_state(model, transform, run, execution))
+    return Built(run, model, execution, transform, abstract_state(model, transform, run, execution), devices[0].device_kind)

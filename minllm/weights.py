@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minllm.spec import Tree, tree_map
+from minllm_kernels import grouped_matmul
+from minllm_kernels.dispatch import Impl
 
 if TYPE_CHECKING:
     from minllm.layer import Execution
@@ -48,9 +50,9 @@ def take(table: Any, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     return jnp.take(table, ids, axis=0) if isinstance(table, jax.Array) else table.take(ids)
 
 
-def grouped(x: Float[Array, "M D"], w: Any, sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
-    """Rows of x, sorted by group, times the matrix of their group: w is (E, D, F)."""
-    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes) if isinstance(w, jax.Array) else w.grouped(x, sizes)
+def grouped(x: Float[Array, "M D"], w: Any, sizes: Int[Array, " E"], impl: Impl = "auto", chip: str | None = None) -> Float[Array, "M F"]:
+    """Rows of x, sorted by group, times the matrix of their group: w is (E, D, F). Rows past the last group give zeros."""
+    return grouped_matmul(x, w, sizes, impl=impl, chip=chip) if isinstance(w, jax.Array) else w.grouped(x, sizes, impl, chip)
 
 
 def letters(eq: str) -> tuple[str, str, str]:
@@ -75,12 +77,32 @@ class LowRank(flax.struct.PyTreeNode):
         down = einsum(f"{xs},{inputs}R->{low}", x, self.a)
         return einsum(eq, x, self.base) + self.scale * einsum(f"{low},R{outputs}->{ys}", down, self.b)
 
+    def grouped(self, x: Array, sizes: Array, impl: Impl, chip: str | None) -> Array:
+        low = grouped(grouped(x, self.a, sizes, impl, chip), self.b, sizes, impl, chip)
+        return grouped(x, self.base, sizes, impl, chip) + self.scale * low
+
     def array(self) -> Array:
         base = as_array(self.base)
         dims, batch = "abcdefgh"[: base.ndim], self.a.ndim + self.b.ndim - 2 - base.ndim  # a layers dim is in both factors
         loose, inputs, outputs = dims[:batch], dims[batch : self.a.ndim - 1], dims[self.a.ndim - 1 :]
         update = jnp.einsum(f"{loose}{inputs}R,{loose}R{outputs}->{dims}", self.a, self.b)
         return (base + self.scale * update).astype(base.dtype)
+
+
+class PerGroup(flax.struct.PyTreeNode):
+    """One matrix a group, (E, inputs, outputs), standing for a single one: the rows of x, in order, are shared out by `sizes`. So a layer
+    written for one matrix computes a mixture of experts."""
+
+    w: Any
+    sizes: Array
+    impl: Impl = flax.struct.field(pytree_node=False, default="auto")
+    chip: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    def einsum(self, eq: str, x: Array) -> Array:
+        xs, ws, ys = letters(eq)
+        assert (xs[-1], ys) == (ws[0], xs[:-1] + ws[1:]) and len(ws) == 2, eq
+        y = grouped(x.reshape(-1, x.shape[-1]), self.w, self.sizes, self.impl, self.chip)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class OutFirst(flax.struct.PyTreeNode):
@@ -114,6 +136,29 @@ class Mixed(flax.struct.PyTreeNode):
 
     def take(self, ids: Array) -> Array:
         return _mixed_take(self.low, self.full, ids)
+
+    def grouped(self, x: Array, sizes: Array, impl: Impl, chip: str | None) -> Array:
+        return grouped(x, self.array(), sizes, impl, chip)
+
+
+def gathered(w: Array, full: Array | None, axes: tuple[str, ...], dim: int) -> Array:
+    """A weight whole along a dim that lies over mesh axes, inside a `shard_map`. Where it is learned in another array (`full`), the bytes
+    of w travel and the gradients add up in full's dtype."""
+    if full is not None:
+        return _gathered_mixed(axes, dim, w, full)
+    return jax.lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered_mixed(axes, dim, low, full):
+    return gathered(low, None, axes, dim).astype(full.dtype)
+
+
+def _scattered_mixed(axes, dim, _, g):
+    return None, jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True) if axes else g
+
+
+_gathered_mixed.defvjp(lambda axes, dim, low, full: (_gathered_mixed(axes, dim, low, full), None), _scattered_mixed)
 
 
 @jax.custom_vjp
@@ -218,7 +263,8 @@ def unstack(params: Tree) -> Tree:
     def split(node):
         if not in_runs(node):
             return node
-        return [jax.tree.map(lambda a: a[i : i + 1], run) for run in as_runs(node) for i in range(repetitions(run))]
+        each = [(run, i) for run in as_runs(node) for i in range(repetitions(run))]
+        return [run if repetitions(run) == 1 else jax.tree.map(lambda a: a[i : i + 1], run) for run, i in each]
 
     in_runs = lambda node: is_stacked(node) or (isinstance(node, list) and all(map(is_stacked, node)))
     return jax.tree.map(split, params, is_leaf=in_runs)

@@ -150,7 +150,7 @@ class Machine:
         self.clone, self.bin, self.calls_file, self.elsewhere = (folder / name for name in ("clone", "bin", "calls", "elsewhere"))
         for path in (self.clone / "scripts", self.clone / "minllm", self.bin, self.elsewhere):
             path.mkdir(parents=True)
-        for name in ("scripts/run", "constraints.txt", "pyproject.toml"):
+        for name in ("scripts/run", "constraints.txt", "pyproject.toml", "realweights.txt"):
             shutil.copy(ROOT / name, self.clone / name)
         (self.clone / "minllm/train.py").write_text('if __name__ == "__main__":\n    main()\n')
         (self.clone / "minllm/spec.py").write_text("")
@@ -203,8 +203,9 @@ def test_run_installs_the_tests_on_first_need_and_keeps_them(machine):
     status, said, calls = machine.run("test", "-k", "law")
     assert status == 0, said
     assert calls[1].endswith("[cpu,test]")
-    assert calls[3].startswith(f"{machine.clone}: -m pytest ")
-    assert calls[3].endswith(" -k law")
+    assert "--no-deps" in calls[3] and calls[3].endswith(f"-r {machine.clone}/realweights.txt")
+    assert calls[4].startswith(f"{machine.clone}: -m pytest ")
+    assert calls[4].endswith(" -k law")
     assert len(machine.run("train")[2]) == 1
     assert len(machine.run("test")[2]) == 1
 

@@ -6,13 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from minllm import spec
 from minllm.layer import Context, Execution
 from minllm.layers.attention import Attention
 from minllm.layers.position import Rope
-from minllm.sharding import ALL, DDP, FSDP, FSDP_TP, MESH_AXES, TP, Rules, constrain, local, make_mesh, sharding, shardings
+from minllm.sharding import (
+    ALL,
+    DDP,
+    FSDP,
+    FSDP_TP,
+    MESH_AXES,
+    TP,
+    Rules,
+    across_slices,
+    constrain,
+    local,
+    make_mesh,
+    replicated,
+    sharding,
+    shardings,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes, shape", [
@@ -134,3 +150,34 @@ def test_query_heads_that_do_not_divide_are_an_error():
     p = spec.init(layer.params(16), jax.random.key(0))
     with pytest.raises(ValueError, match="act_heads of 6 does not divide over the mesh axes tensor=4"):
         layer.apply(p, jnp.ones((2, 3, 16)), Context(positions=jnp.zeros((2, 3), jnp.int32), run=run))
+
+
+@pytest.mark.parametrize("sizes, slices, expected", [
+    (dict(data=4, fsdp=64), 4, dict(data=4)), (dict(data=2, fsdp=128), 4, dict(data=2, fsdp=2)), (dict(fsdp=512), 2, dict(fsdp=2)),
+    (dict(data=2, stage=4, fsdp=32), 8, dict(data=2, stage=4)),
+], ids=str)  # fmt: skip
+def test_which_axes_cross_slices(sizes, slices, expected):
+    """K12: data first, then stages, then fsdp."""
+    assert across_slices(dict.fromkeys(MESH_AXES, 1) | sizes, slices) == dict.fromkeys(MESH_AXES, 1) | expected
+
+
+def test_a_slice_holds_what_talks_most():
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(chips, data=2, fsdp=2, tensor=2)
+    for which in range(2):
+        assert {c.slice_index for c in mesh.devices[which].ravel()} == {which}
+    with pytest.raises(ValueError, match="mesh data=1, stage=1, fsdp=1 does not divide over 2 slices; make data a multiple of 2"):
+        make_mesh(chips, context=4, tensor=2)
+
+
+def test_the_audit_names_what_is_replicated():
+    """V12: more than 1 % of the tree, the largest first, and over which axes; what is sharded, or small, is not named."""
+    mesh = make_mesh(data=2, fsdp=4)
+    leaf = lambda axes, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding(mesh, ALL, axes, shape))
+    tree = {"w": leaf("embed -> mlp", 1024, 64), "b": leaf("_", 128), "table": leaf("_ _", 512, 64), "x": leaf("batch _", 1024, 64)}
+    assert replicated(tree) == [
+        "table float32[512, 64]: 0.1 MiB on each device, the same over data=2, fsdp=4",
+        "w float32[1024, 64]: 0.1 MiB on each device, the same over data=2",
+    ]
+    assert replicated(tree, memory=16 * 2**30) == []
+    assert len(replicated(tree, share=0.0)) == 3

@@ -31,13 +31,21 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def meant(chip: str | None) -> str:
+    """The platform of a device kind ("TPU v6 lite", "NVIDIA H200"); without one, of the default backend."""
+    if chip is None:
+        return jax.default_backend()
+    return "tpu" if chip.startswith("TPU") else "gpu" if "NVIDIA" in chip else "cpu"
+
+
 def choose(name: str, impl: Impl, reference: Callable, branches: dict[str, Branch], *args: Any, chip: str | None = None, **static: Any):
     """Run the op `name` on `args` (arrays or None) with `static` settings.
 
     impl "auto" takes, at lowering, the first branch of the platform that can serve the call ("native": C++ for the CPU, where it is built;
     "cpu": plain JAX arranged for it); where there is none, the "xla" branch (plain JAX that compiles well
-    everywhere), and else the reference. A kernel that cannot serve the call is left out with one warning. Any other impl takes exactly
-    that one and raises ValueError when it cannot serve the call.
+    everywhere), and else the reference. Tracing a kernel takes seconds, so that of a TPU or a GPU is offered where one is meant: by `chip`,
+    or by the default backend. A kernel that cannot serve the call is left out with one warning. Any other impl takes exactly that one and
+    raises ValueError when it cannot serve the call.
     """
     if impl == "reference":
         return reference(*args, **static)
@@ -49,6 +57,8 @@ def choose(name: str, impl: Impl, reference: Callable, branches: dict[str, Branc
         return branches[impl].run(*args, **static, **({"chip": chip} if impl in ("tpu", "gpu") else {}))
     offered, plain = {}, functools.partial(reference, **static)
     for platform, branch in branches.items():
+        if platform in ("tpu", "gpu") and platform != meant(chip):
+            continue
         reason = branch.supports(*args, chip=chip, **static)
         run = functools.partial(branch.run, **static, **({"chip": chip} if platform in ("tpu", "gpu") else {}))
         if reason and platform in ("tpu", "gpu"):

@@ -2,7 +2,7 @@
 
 A `Mask` is a static predicate on the positions of a query and a key, closed under & and |. Documents, padding and prefixes that
 differ from row to row are arrays (segment ids, positions) and no part of it. `span` bounds the keys that a block of queries can
-see; kernels skip blocks by it, so it may be too wide but never too narrow.
+see; kernels skip blocks by it, so it may be too wide but never too narrow. `covers` names blocks that need no mask at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array, lax
 
 # Farther than any position; sums of two still fit into an int32.
 FAR = 2**30
@@ -18,13 +19,17 @@ FAR = 2**30
 
 class Mask:
     """allows(q, k): broadcast over integer arrays of positions. span(lo, hi): the least interval of key positions that holds all
-    those which queries at positions lo to hi (inclusive) may see; lo > hi when there are none. Both work traced or plain."""
+    those which queries at positions lo to hi (inclusive) may see; lo > hi when there are none. covers(qlo, qhi, klo, khi): whether each
+    of these queries may see each of these keys; it may miss a yes, but never a no. All work traced or plain."""
 
     def allows(self, q: Any, k: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not say what it allows")
 
     def span(self, lo: Any, hi: Any) -> tuple[Any, Any]:
         return -FAR, FAR
+
+    def covers(self, qlo: Any, qhi: Any, klo: Any, khi: Any) -> Any:
+        return (qlo != qlo) | (klo != klo)
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)
@@ -40,6 +45,9 @@ class Full(Mask):
     def allows(self, q, k):
         return (q == q) & (k == k)
 
+    def covers(self, qlo, qhi, klo, khi):
+        return (qlo == qlo) & (klo == klo)
+
 
 @dataclass(frozen=True)
 class Causal(Mask):
@@ -50,6 +58,9 @@ class Causal(Mask):
 
     def span(self, lo, hi):
         return -FAR, hi
+
+    def covers(self, qlo, qhi, klo, khi):
+        return khi <= qlo
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,9 @@ class Window(Mask):
     def span(self, lo, hi):
         return -FAR if self.left is None else lo - self.left + 1, FAR if self.right is None else hi + self.right - 1
 
+    def covers(self, qlo, qhi, klo, khi):
+        return self.allows(qhi, klo) & self.allows(qlo, khi)
+
 
 @dataclass(frozen=True)
 class Dilated(Mask):
@@ -87,7 +101,10 @@ class Dilated(Mask):
         _positive(step=self.step)
 
     def allows(self, q, k):
-        return (q - k) % self.step == 0
+        return _modulo(q - k, self.step) == 0
+
+    def covers(self, qlo, qhi, klo, khi):
+        return (qlo == qhi) & (klo == khi) & self.allows(qlo, klo)
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Strided(Mask):
         _positive(block=self.block)
 
     def allows(self, q, k):
-        return (k % self.block >= self.block - self.columns) | (q // self.block == k // self.block)
+        return (_modulo(k, self.block) >= self.block - self.columns) | (_floor(q, self.block) == _floor(k, self.block))
 
 
 @dataclass(frozen=True)
@@ -115,10 +132,13 @@ class Chunk(Mask):
         _positive(size=self.size)
 
     def allows(self, q, k):
-        return q // self.size == k // self.size
+        return _floor(q, self.size) == _floor(k, self.size)
 
     def span(self, lo, hi):
         return lo // self.size * self.size, hi // self.size * self.size + self.size - 1
+
+    def covers(self, qlo, qhi, klo, khi):
+        return self.allows(qlo, klo) & self.allows(qhi, khi) & self.allows(qlo, khi)
 
 
 @dataclass(frozen=True)
@@ -133,6 +153,9 @@ class Global(Mask):
     def span(self, lo, hi):
         return 0, jnp.where(lo < self.tokens, FAR, self.tokens - 1)
 
+    def covers(self, qlo, qhi, klo, khi):
+        return self.allows(qhi, khi)
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -145,6 +168,9 @@ class Prefix(Mask):
 
     def span(self, lo, hi):
         return -FAR, self.tokens - 1
+
+    def covers(self, qlo, qhi, klo, khi):
+        return self.allows(qlo, khi)
 
 
 @dataclass(frozen=True)
@@ -161,6 +187,9 @@ class And(Mask):
             return max(al, bl), min(ah, bh)
         return jnp.maximum(al, bl), jnp.minimum(ah, bh)
 
+    def covers(self, *box):
+        return self.a.covers(*box) & self.b.covers(*box)
+
 
 @dataclass(frozen=True)
 class Or(Mask):
@@ -176,6 +205,18 @@ class Or(Mask):
         al, ah = jnp.where(al > ah, FAR, al), jnp.where(al > ah, -FAR, ah)
         bl, bh = jnp.where(bl > bh, FAR, bl), jnp.where(bl > bh, -FAR, bh)
         return jnp.minimum(al, bl), jnp.maximum(ah, bh)
+
+    def covers(self, *box):
+        return self.a.covers(*box) | self.b.covers(*box)
+
+
+def _floor(x: Any, n: int) -> Any:
+    """x // n. Of JAX arrays by an operation that kernels have."""
+    return lax.div(jnp.where(x < 0, x - (n - 1), x), jnp.full_like(x, n)) if isinstance(x, Array) else x // n
+
+
+def _modulo(x: Any, n: int) -> Any:
+    return x - _floor(x, n) * n
 
 
 def _positive(**sizes: int) -> None:

@@ -23,7 +23,7 @@ from tempfile import TemporaryFile
 from pydantic import Field
 
 from minllm.config import config
-from minllm.data.loader import Batches, BucketLoader, Evaluation, Loader, Ramp, index_shuffle
+from minllm.data.loader import Batches, BucketLoader, Evaluation, Loader, Ramp, Share, index_shuffle
 from minllm.data.packing import BestFit, Bucket, Concat, Packing, Rows, Single, write_plan
 from minllm.data.shards import Tokens, Writer, once
 from minllm.data.sources import JSONL, TFDS, Chat, Conversations, Mixture, Parquet, PythonStdlib, Source, Split, Survey, Text, survey, unit
@@ -99,7 +99,7 @@ class Prepared:
     identity: str
 
     def loader(
-        self, batch: int | Ramp | Sequence[tuple[int, int]], *, seed: int | None = None, host_index: int = 0, host_count: int = 1
+        self, batch: int | Ramp | Sequence[tuple[int, int]], *, seed: int | None = None, host_index: Share = 0, host_count: int = 1
     ) -> Loader | BucketLoader:
         """Training batches by step. The seed is the config's unless another is given."""
         seed, host = self.data.seed if seed is None else seed, {"host_index": host_index, "host_count": host_count}
@@ -109,7 +109,7 @@ class Prepared:
             raise ValueError(f"bucket packing takes one batch size, not the ramp {batch}: give an int, counted in rows of data.length")
         return BucketLoader(self.train, batch * self.data.length, seed=seed, **host)
 
-    def evaluation(self, batch_size: int, *, rows: int | None = None, host_index: int = 0, host_count: int = 1) -> Evaluation:
+    def evaluation(self, batch_size: int, *, rows: int | None = None, host_index: Share = 0, host_count: int = 1) -> Evaluation:
         """The held-out split, once and whole; with `rows`, so many windows of it, evenly spaced."""
         if not self.stats["held_out"].tokens:
             raise ValueError(

@@ -106,6 +106,12 @@ class Template:
 
         return Rendering(MARKS.sub("", whole), unmarked(special), tuple(r for r in unmarked(learned) if r[0] < r[1]))
 
+    def prompt(self, messages: list, tools: Any = None) -> Rendering:
+        """The messages and the heading of the answer that is to come. Nothing of it is learned."""
+        whole = self._fill(self._quoted(messages), self._quoted(tools), prompt=True)
+        marks, special = [match.start() for match in MARKS.finditer(whole)], [match.span() for match in self.special.finditer(whole)]
+        return Rendering(MARKS.sub("", whole), tuple((a - bisect_left(marks, a), b - bisect_left(marks, b)) for a, b in special), ())
+
     def _fill(self, messages: list, tools: Any, prompt: bool = False) -> str:
         try:
             return self.template.render(messages=messages, tools=tools, add_generation_prompt=prompt, **self.constants)

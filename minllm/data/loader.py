@@ -25,6 +25,7 @@ from minllm.config import config
 from minllm.data.packing import Rows
 
 Batch = dict[str, Shaped[np.ndarray, "B T"]]
+Share = int | Sequence[int]  # which of `host_count` equal parts of each batch a host reads
 
 # ---------------------------------------------------------------------------------------------------------- permutation
 
@@ -169,14 +170,15 @@ class Batches:
 
 
 class Loader:
-    """Batches of packed rows by step, endless. `batch` is an int, a Ramp or its stages, counted over all hosts."""
+    """Batches of packed rows by step, endless. `batch` is an int, a Ramp or its stages, counted over all hosts. host_index: which of
+    host_count equal parts of each batch this host reads: one, or several."""
 
     def __init__(
         self, sources: Sequence[Rows], batch: int | Ramp | Sequence[tuple[int, int]], *, weights: Sequence[float] = (1.0,), seed: int = 0,
-        host_index: int = 0, host_count: int = 1,
+        host_index: Share = 0, host_count: int = 1,
     ):  # fmt: skip
         self.sources, self.ramp, self.seed, self.schedule = tuple(sources), Ramp.of(batch), seed, Schedule(weights)
-        self.host_index, self.host_count = host_index, host_count
+        self.parts, self.host_count = _parts(host_index), host_count
         for step, size in self.ramp.stages:
             if size % host_count:
                 down = size - size % host_count
@@ -210,7 +212,7 @@ class Loader:
         """This host's part of the batch of a step: arrays [B / hosts, T]."""
         samples = self.samples(step)
         share = len(samples) // self.host_count
-        return self.rows(samples[self.host_index * share : (self.host_index + 1) * share])
+        return self.rows([sample for i in self.parts for sample in samples[i * share : (i + 1) * share]])
 
     def batches(self, start: int = 0, stop: int = 2**62, *, threads: int = 1, ahead: int = 4) -> Batches:
         """Steps start, start + 1, ... read `ahead` of the caller. Starting anywhere costs the same."""
@@ -224,7 +226,7 @@ class BucketLoader:
     the share of batches that it can fill, and each keeps its own epochs.
     """
 
-    def __init__(self, rows: Sequence[Rows], budget: int, *, seed: int = 0, host_index: int = 0, host_count: int = 1):
+    def __init__(self, rows: Sequence[Rows], budget: int, *, seed: int = 0, host_index: Share = 0, host_count: int = 1):
         sizes = [budget // bucket.T // host_count * host_count for bucket in rows]
         if not all(sizes):
             least = host_count * max(bucket.T for bucket in rows)
@@ -240,6 +242,10 @@ class BucketLoader:
 
     def batches(self, start: int = 0, stop: int = 2**62, *, threads: int = 1, ahead: int = 4) -> Batches:
         return Batches(self.batch, start, stop, threads, ahead)
+
+
+def _parts(host_index: int | Sequence[int]) -> tuple[int, ...]:
+    return (host_index,) if isinstance(host_index, int) else tuple(sorted(host_index))
 
 
 def _gather(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray) -> Batch:
@@ -260,10 +266,10 @@ class Evaluation:
     With `rows`, only so many windows, evenly spaced: an estimate, nats / (summed weights) x tokens / bytes, for use during training.
     """
 
-    def __init__(self, sources: Sequence[Rows], batch_size: int, *, rows: int | None = None, host_index: int = 0, host_count: int = 1):
+    def __init__(self, sources: Sequence[Rows], batch_size: int, *, rows: int | None = None, host_index: Share = 0, host_count: int = 1):
         if batch_size % host_count:
             raise ValueError(f"evaluation batch size {batch_size} does not divide among {host_count} hosts: use a multiple of {host_count}")
-        self.sources, self.batch_size, self.host_index, self.host_count = tuple(sources), batch_size, host_index, host_count
+        self.sources, self.batch_size, self.parts, self.host_count = tuple(sources), batch_size, _parts(host_index), host_count
         self.ends = np.cumsum([len(source) for source in sources])
         total = int(self.ends[-1])
         self.rows = total if rows is None else min(rows, total)
@@ -277,12 +283,11 @@ class Evaluation:
     def batch(self, i: int) -> Batch:
         """This host's part of batch i: arrays [batch_size / hosts, T], whatever i is."""
         share = self.batch_size // self.host_count
-        first = i * self.batch_size + self.host_index * share
-        rows = self.chosen[first : first + share]
-        rows = np.asarray(rows, np.int64)
+        firsts = [i * self.batch_size + part * share for part in self.parts]
+        rows = np.concatenate([np.asarray(self.chosen[first : first + share], np.int64) for first in firsts])
         source = np.searchsorted(self.ends, rows, "right")
         batch = _gather(self.sources, source, rows - np.concatenate([[0], self.ends])[source])
-        missing, pad = share - len(rows), self.sources[0].pad
+        missing, pad = share * len(self.parts) - len(rows), self.sources[0].pad
         fill = {"tokens": pad, "targets": pad, "segments": 0, "positions": 0, "weights": 0}
         return {name: np.pad(x, ((0, missing), (0, 0)), constant_values=fill[name]) for name, x in batch.items()}
 

@@ -3,40 +3,45 @@
     q, k, v = x W_q, x W_k, x W_v      y = softmax(q k^T / sqrt(H) + mask) v W_o
 
 Vaswani et al. 2017, arXiv 1706.03762, section 3.2; one key/value head: Shazeer 2019, arXiv 1911.02150; groups: Ainslie et al. 2023,
-arXiv 2305.13245. The softmax is `minllm_kernels.attention`.
+arXiv 2305.13245. Sinks: Agarwal et al. 2025 (gpt-oss), arXiv 2508.10925, section 2; output gates: Qiu et al. 2025, arXiv 2505.06708.
+The softmax is `minllm_kernels.attention`.
 """
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from minllm.layer import Context, Layer, Out
 from minllm.layers.dropout import dropout, keep_mask
 from minllm.layers.kv import extend, kv_cache
 from minllm.layers.norm import Norm
-from minllm.layers.position import Rope
-from minllm.sharding import constrain, local
+from minllm.layers.position import Alibi, AxialRope, Buckets, Rope
+from minllm.parallel.ring import attend
+from minllm.sharding import constrain
 from minllm.spec import FanIn, Init, Spec
 from minllm.weights import einsum
-from minllm_kernels import attention
 from minllm_kernels.mask import Causal, Mask, Window
 
 
 @dataclass(frozen=True)
 class Attention(Layer):
     """
-    position: how queries and keys learn where they are; None for no encoding at all (NoPE).
+    position: how queries and keys learn where they are; None for no encoding at all (NoPE). relative: what scores learn of distances.
     mask: who sees whom. window: at most this many tokens back, the token itself included (Mistral); decoding then keeps a ring.
     qk_norm: a norm of each head's queries and keys before the rotation (Qwen 3), or with qk_norm_flat of all heads at once (OLMo 2).
     softcap, scale: of the scores (Gemma 2). bias: on q, k and v; out_bias: on the output.
+    sinks: one learned logit a head that takes part in the softmax and has no value. gate: y * sigmoid(x W_gate) before W_o.
     dropout: of the output; weight_dropout: of the probabilities, which holds a [T, S] array.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    position: Rope | None = None
+    position: Rope | AxialRope | None = None
+    relative: Alibi | Buckets | None = None
     mask: Mask = Causal()
     window: int | None = None
     qk_norm: Norm | None = None
@@ -45,6 +50,8 @@ class Attention(Layer):
     scale: float | None = None
     bias: bool = False
     out_bias: bool = False
+    sinks: bool = False
+    gate: bool = False
     dropout: float = 0.0
     weight_dropout: float = 0.0
     out_init: Init = FanIn()
@@ -63,6 +70,12 @@ class Attention(Layer):
         if self.bias:
             b = Spec((K, H), "kv_heads head", role="bias")
             p |= {"q_bias": Spec((N, H), "heads head", role="bias"), "k_bias": b, "v_bias": b}
+        if self.relative:
+            p |= {"relative": self.relative.params(N)}
+        if self.sinks:
+            p |= {"sinks": Spec((N,), "heads", role="bias")}
+        if self.gate:
+            p |= {"gate": Spec((D, N, H), "embed -> heads head", FanIn())}
         if self.out_bias:
             p |= {"o_bias": Spec((D,), "_", role="bias")}
         if self.qk_norm:
@@ -87,21 +100,20 @@ class Attention(Layer):
             q, k = self._norm(p["q_norm"], q, ctx), self._norm(p["k_norm"], k, ctx)
         if self.position:
             q, k = self.position.apply(q, ctx.positions), self.position.apply(k, ctx.positions)
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         k, v, kv_pos, cache = extend(cache, k, v, ctx.positions, self.window)
         # the queries of a prefix look as far as its last token
         q_pos = ctx.positions if ctx.prefix is None else jnp.maximum(ctx.positions, ctx.prefix - 1)
         mask = self.mask if self.window is None else self.mask & Window(self.window)
+        bias = self.relative.bias(p["relative"] or ctx.shared, ctx.positions, kv_pos, self.heads) if self.relative else None
         keep = None
         if self.weight_dropout and ctx.key is not None:
             keep = keep_mask((x.shape[0], self.heads, x.shape[1], k.shape[1]), self.weight_dropout, ctx, stream=1)
 
-        def op(q, k, v, q_pos, kv_pos, q_seg, kv_seg, keep):
-            return attention(q, k, v, mask=mask, q_pos=q_pos, kv_pos=kv_pos, q_seg=q_seg, kv_seg=kv_seg, keep=keep,
-                             scale=self.scale, softcap=self.softcap, impl=ctx.run.kernels, chip=ctx.run.chip)  # fmt: skip
-
-        rows, keys = "batch seq act_heads _", "batch kv_seq act_kv_heads _"
-        ins = (rows, keys, keys, "batch seq", "batch kv_seq", "batch seq", "batch kv_seq", "batch act_heads seq kv_seq")
-        y = local(op, ins, rows, ctx.run)(q, k, v, q_pos, kv_pos, ctx.segments, ctx.segments, keep)
+        y = attend(q, k, v, mask=mask, q_pos=q_pos, kv_pos=kv_pos, q_seg=ctx.segments, kv_seg=ctx.segments, keep=keep, bias=bias,
+                   scale=self.scale, softcap=self.softcap, sinks=p["sinks"] if self.sinks else None, run=ctx.run)  # fmt: skip
+        if self.gate:
+            y = y * jax.nn.sigmoid(einsum("btd,dnh->btnh", x, p["gate"]))
         y = einsum("btnh,nhd->btd", y, p["o"])
         return Out(dropout(y + p["o_bias"].astype(x.dtype) if self.out_bias else y, self.dropout, ctx), cache)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from minllm.layer import Context, Layer, Out
@@ -86,7 +87,7 @@ class MLP(Layer):
         return p
 
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
-        h = einsum("btd,df->btf", x, p["up"])
+        h = checkpoint_name(einsum("btd,df->btf", x, p["up"]), "mlp")
         h = self.act(h + p["up_bias"].astype(x.dtype) if self.bias else h)
         y = einsum("btf,fd->btd", constrain(h, "batch seq act_mlp", ctx.run), p["down"])
         return Out(dropout(y + p["down_bias"].astype(x.dtype) if self.bias else y, self.dropout, ctx))
@@ -94,10 +95,12 @@ class MLP(Layer):
 
 @dataclass(frozen=True)
 class GLU(Layer):
-    """limit: clamps the gate from above and the other branch on both sides; shift: added to the other branch (gpt-oss: 7 and 1)."""
+    """limit: clamps the gate from above and the other branch on both sides; shift: added to the other branch (gpt-oss: 7 and 1).
+    bias: on all three matrices."""
 
     hidden: int
     act: Activation = silu
+    bias: bool = False
     limit: float | None = None
     shift: float = 0.0
     dropout: float = 0.0
@@ -105,11 +108,18 @@ class GLU(Layer):
 
     def params(self, D):
         into = Spec((D, self.hidden), "embed -> mlp", FanIn())
-        return {"gate": into, "up": into, "down": Spec((self.hidden, D), "mlp -> embed", self.out_init)}
+        p = {"gate": into, "up": into, "down": Spec((self.hidden, D), "mlp -> embed", self.out_init)}
+        if self.bias:
+            b = Spec((self.hidden,), "mlp", role="bias")
+            p |= {"gate_bias": b, "up_bias": b, "down_bias": Spec((D,), "_", role="bias")}
+        return p
 
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
-        gate, up = einsum("btd,df->btf", x, p["gate"]), einsum("btd,df->btf", x, p["up"])
+        gate, up = checkpoint_name((einsum("btd,df->btf", x, p["gate"]), einsum("btd,df->btf", x, p["up"])), "mlp")
+        if self.bias:
+            gate, up = gate + p["gate_bias"].astype(x.dtype), up + p["up_bias"].astype(x.dtype)
         if self.limit is not None:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         h = constrain(self.act(gate) * (up + self.shift if self.shift else up), "batch seq act_mlp", ctx.run)
-        return Out(dropout(einsum("btf,fd->btd", h, p["down"]), self.dropout, ctx))
+        y = einsum("btf,fd->btd", h, p["down"])
+        return Out(dropout(y + p["down_bias"].astype(x.dtype) if self.bias else y, self.dropout, ctx))

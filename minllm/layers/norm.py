@@ -2,6 +2,7 @@
 
     RMSNorm:    y = x / sqrt(mean(x^2) + eps) * g            Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4
     LayerNorm:  y = (x - mean) / sqrt(var + eps) * g + b     Ba et al. 2016, arXiv 1607.06450, eq. 3
+    GroupNorm:  LayerNorm's y in each of G groups of dims    Wu & He 2018, arXiv 1803.08494, eq. 7, of each token by itself
 
 With `unit_offset` the stored gain is g - 1 and starts at zero (Gemma), so that weight decay pulls it to one.
 """
@@ -57,4 +58,23 @@ class LayerNorm(Layer):
         return Out((y + p["bias"] if self.bias else y).astype(x.dtype))
 
 
-Norm = RMSNorm | LayerNorm
+@dataclass(frozen=True)
+class GroupNorm(Layer):
+    """Mean and variance of each token and group of D / groups neighbouring dims: over a sequence they would look ahead."""
+
+    groups: int
+    eps: float = 1e-5
+
+    def params(self, D):
+        if D % self.groups:
+            raise ValueError(f"a width of {D} does not divide into {self.groups} groups; choose a number that divides it")
+        return LayerNorm(self.eps).params(D)
+
+    def apply(self, p, x: Float[Array, "*dims D"], ctx: Context, cache=None) -> Out:
+        h = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[:-1], self.groups, -1)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + self.eps)
+        return Out((h.reshape(x.shape) * p["scale"].astype(h.dtype) + p["bias"]).astype(x.dtype))
+
+
+Norm = RMSNorm | LayerNorm | GroupNorm

@@ -1,9 +1,14 @@
-"""Rotary positions, and what was done to reach beyond the trained length.
+"""How a model knows where a token is.
 
-    RoPE (Su et al. 2021, arXiv 2104.09864, eq. 34): the pair (x_i, x_{i+H/2}) turns by the angle pos * theta^(-2i/H),
-    so that q . k depends on the distance of their positions only.
+    Learned     x + table[pos]                                          Radford et al. 2019 (GPT-2), section 2.3
+    Sinusoidal  x + (sin, cos)(pos * 10000^(-2i/D))                     Vaswani et al. 2017, section 3.5
+    Rope        the pair (x_i, x_{i+H/2}) of queries and keys turns by the angle pos * theta^(-2i/H), so that q . k depends on the
+                distance of their positions only                        Su et al. 2021, arXiv 2104.09864, eq. 34
+    Alibi       score - m_n |i - j|                                     Press et al. 2022, arXiv 2108.12409, section 3
+    Buckets     score + table[bucket(j - i), n]                         Raffel et al. 2020 (T5), arXiv 1910.10683, section 2.1
 
-A scaling changes the frequencies, and sometimes the magnitude. Angles are computed in float32 from integer positions.
+The first two are added to the embeddings, the last two to the scores of each head n. A scaling of Rope changes the frequencies, and
+sometimes the magnitude, to reach beyond the trained length. Angles are computed in float32 from integer positions.
 """
 
 import math
@@ -13,6 +18,9 @@ from typing import Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from minllm.spec import Normal, Spec, Tree
+from minllm.weights import take
 
 Frequencies = Float[np.ndarray, " half"] | Float[Array, " half"]
 
@@ -151,3 +159,109 @@ class Rope:
         angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         magnitude = self.scaling.magnitude(length) if self.scaling else 1.0
         return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+
+
+@dataclass(frozen=True)
+class AxialRope:
+    """Rotary positions of a picture's patches, numbered row by row: the first half of the pairs turns by the row, the second by the
+    column, with every other frequency each (Pixtral, Agrawal et al. 2024, arXiv 2410.07073, section 2.1).
+
+    width: patches a row.
+    """
+
+    width: int
+    theta: float = 10_000.0
+
+    def apply(self, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        H = x.shape[-1]
+        if H % 4:
+            raise ValueError(f"a head of {H} dims does not divide into pairs for rows and columns; take a multiple of 4")
+        w = jnp.asarray(self.theta ** -(np.arange(0, H, 2, dtype=np.float64) / H), jnp.float32)
+        row, column = (n[..., None].astype(jnp.float32) for n in (positions // self.width, positions % self.width))
+        angle = jnp.concatenate([row * w[::2], column * w[1::2]], -1)[:, :, None]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        a, b = x[..., : H // 2].astype(cos.dtype), x[..., H // 2 :].astype(cos.dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One vector a position, for positions below `length`; a later one gives NaN."""
+
+    length: int
+
+    def params(self, D: int) -> Tree:
+        return {"table": Spec((self.length, D), "_ embed", Normal(0.01), role="embedding")}
+
+    def apply(self, p: Tree, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if x.shape[1] > self.length:
+            raise ValueError(f"the model has learned {self.length} positions, the call has {x.shape[1]} tokens; shorten it")
+        return x + take(p["table"], jnp.maximum(positions, 0)).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Nothing is learned. halves: all sines before all cosines, or each sine before its cosine as in the paper."""
+
+    base: float = 10_000.0
+    halves: bool = False
+
+    def params(self, D: int) -> Tree:
+        return {}
+
+    def apply(self, p: Tree, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        D = x.shape[-1]
+        angle = positions[..., None].astype(jnp.float32) * jnp.asarray(self.base ** -(np.arange(0, D, 2) / D), jnp.float32)
+        waves = [jnp.sin(angle), jnp.cos(angle)]
+        table = jnp.concatenate(waves, -1) if self.halves else jnp.stack(waves, -1).reshape(*positions.shape, D)
+        return x + table.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """A penalty that grows with the distance, in each head with another slope. Nothing is learned.
+
+    The slopes of n heads, n a power of two, are 2^(-8/n), 2^(-16/n), ...; another number of heads takes those of the next lower power,
+    then every other one of the next higher.
+    """
+
+    def slopes(self, heads: int) -> Float[np.ndarray, " N"]:
+        low = 1 << (heads.bit_length() - 1)
+        of = lambda n: 2.0 ** (-8.0 / n * np.arange(1, n + 1))
+        return np.concatenate([of(low), of(2 * low)[::2]])[:heads]
+
+    def params(self, N: int) -> Tree:
+        return {}
+
+    def bias(self, p: Tree, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], N: int) -> Float[Array, "B N T S"]:
+        distance = jnp.abs(q_pos[:, None, :, None] - kv_pos[:, None, None, :]).astype(jnp.float32)
+        return -jnp.asarray(self.slopes(N), jnp.float32)[:, None, None] * distance
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """One learned number a head for each bucket of distances: half of the buckets hold one distance each, the others ever more, and the
+    last all from `longest` on. both: keys after the query have buckets of their own, half of all; else they share the nearest one.
+    shared: the table is the context's, one for all layers."""
+
+    buckets: int = 32
+    longest: int = 128
+    both: bool = False
+    shared: bool = False
+
+    def ids(self, distance: Int[Array, "*dims"]) -> Int[Array, "*dims"]:
+        """The bucket of j - i."""
+        n = self.buckets // 2 if self.both else self.buckets
+        exact = n // 2
+        far = np.arange(self.longest + 1, dtype=np.float64)
+        log = np.log(np.maximum(far, 1) / exact) / np.log(self.longest / exact) * (n - exact)
+        table = np.where(far < exact, far, np.minimum(exact + np.floor(log + 1e-9), n - 1)).astype(np.int32)
+        back = jnp.asarray(table)[jnp.minimum(jnp.abs(distance) if self.both else jnp.maximum(-distance, 0), self.longest)]
+        return back + jnp.where(distance > 0, n, 0) if self.both else back
+
+    def params(self, N: int) -> Tree:
+        return {} if self.shared else {"table": Spec((self.buckets, N), "_ heads", Normal(0.1), role="embedding")}
+
+    def bias(self, p: Tree, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], N: int) -> Float[Array, "B N T S"]:
+        distance = kv_pos[:, None, :] - q_pos[:, :, None]
+        return jnp.moveaxis(take(p["table"], self.ids(distance)).astype(jnp.float32), -1, 1)

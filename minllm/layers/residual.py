@@ -4,6 +4,8 @@
     PostNorm      y = N(x + f(x))            Vaswani et al. 2017; BERT
     SandwichNorm  y = x + M(f(N(x)))         Ding et al. 2021, arXiv 2105.13290; Gemma 2
     ReorderedNorm y = x + N(f(x))            OLMo 2, arXiv 2501.00656, section 3.1
+    DeepNorm      y = N(alpha x + f(x))      Wang et al. 2022, arXiv 2203.00555, table 1: alpha = (2L)^(1/4) in a decoder of L layers,
+                                             whose v, o and feed-forward matrices start (8L)^(-1/4) times as large
     Parallel      y = x + f(N(x)) + g(N(x))  GPT-J, PaLM (arXiv 2204.02311, section 2); GPT-NeoX gives each its own norm
 """
 
@@ -42,6 +44,16 @@ class PostNorm(_Around):
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
         out = self.inner.apply(p["inner"], x, ctx, cache)
         return out._replace(x=constrain(self.norm.apply(p["norm"], x + out.x, ctx).x, "batch residual_seq act_embed", ctx.run))
+
+
+@dataclass(frozen=True)
+class DeepNorm(_Around):
+    alpha: float = 1.0
+
+    def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
+        out = self.inner.apply(p["inner"], x, ctx, cache)
+        y = self.norm.apply(p["norm"], self.alpha * x + out.x, ctx).x
+        return out._replace(x=constrain(y, "batch residual_seq act_embed", ctx.run))
 
 
 class ReorderedNorm(_Around):

@@ -6,13 +6,15 @@ its own, because a scan would copy the whole cache at every step.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from minllm import spec
-from minllm.layer import Context, Layer, Out, add_losses
+from minllm.layer import Context, Execution, Layer, Out, add_losses
 from minllm.weights import Stacked, as_runs, repetitions
 
 
@@ -35,7 +37,7 @@ class Stack(Layer):
             times = repetitions(run, self.times)
             index = ctx.layer + (done + jnp.arange(times)) * len(self.pattern)
             # parameters beside their layer index: the key of a layer is the same scanned, unrolled or in a pipeline stage
-            body = _remat(self._repetition, ctx.run.remat, ctx.run.scan and cache is None)
+            body = _remat(self._repetition, ctx.run, ("full", "dots"), ctx.run.scan and cache is None)
             if ctx.run.scan and cache is None and times > 1:
                 x, out = jax.lax.scan(lambda x, each: body(x, *each, ctx, None), x, (run, index))
             else:
@@ -57,7 +59,7 @@ class Stack(Layer):
         losses, stats, caches = None, [], []
         for j, layer in enumerate(self.pattern):
             own = ctx.replace(layer=index + j, key=None if ctx.key is None else jax.random.fold_in(ctx.key, index + j))
-            apply = _remat(layer.apply, "full" if ctx.run.remat == "layer" else "none", ctx.run.scan and cache is None)
+            apply = _remat(partial(_named, layer), ctx.run, ("layer",), ctx.run.scan and cache is None)
             out = apply(p.pattern[j], x, own, cache and cache[j])
             x, losses = out.x, add_losses(losses, out.losses)
             stats.append(out.stats)
@@ -78,14 +80,21 @@ class Stack(Layer):
         return replace(self, times=times)
 
 
-_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+def _named(layer, p, x, ctx, cache):
+    return layer.apply(p, checkpoint_name(x, "input"), ctx, cache)
 
 
-def _remat(f, kind: str, scanned: bool):
-    """f, recomputed in the backward pass. Inside a scan nothing can be shared with the forward pass, so the barrier against it is saved."""
-    if kind not in _POLICIES:
+def _remat(f, run: Execution, kinds: tuple[str, ...], scanned: bool):
+    """f, recomputed in the backward pass if that is one of the kinds. Inside a scan nothing can be shared with the forward pass, so the
+    barrier against it is saved."""
+    if run.remat not in kinds:
         return f
-    return jax.checkpoint(f, policy=_POLICIES[kind], prevent_cse=not scanned)
+    if run.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    elif run.offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=run.save, names_which_can_be_offloaded=run.offload, offload_src="device", offload_dst="pinned_host"
+        )
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(*run.save)
+    return jax.checkpoint(f, policy=policy, prevent_cse=not scanned)

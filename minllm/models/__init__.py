@@ -1,29 +1,54 @@
-"""The model families. A family is one file: a builder, PRESETS of published shapes, a table of weight names."""
+"""The model families. A family is one file: a builder, the published shapes, how its config and its weights are written elsewhere."""
 
 import difflib
+import importlib
 import inspect
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from minllm.models import llama
-from minllm.models.transformer import Decoder
+from minllm.models.family import Family
 
-FAMILIES = {"llama": llama}
+# Family -> the file that it is in. A file is read when its family is asked for.
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "qwen3_moe": "qwen",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "olmo2": "olmo",
+    "gpt2": "gpt2",
+    "gpt_oss": "gpt_oss",
+    "bert": "bert",
+    "t5": "t5",
+}
 
 
-def build(family: str, preset: str | None = None, **args: Any) -> Decoder:
+def family(name: str) -> Family:
+    """Raises ValueError naming the families there are."""
+    module = importlib.import_module(f"minllm.models.{FAMILIES[_known(name, FAMILIES, 'model family')]}")
+    return module.FAMILY[name]
+
+
+_lookup = family  # the next function has an argument of that name
+
+
+def build(family: str, preset: str | None = None, **args: Any) -> Any:
     """A model of a family: the preset's shape with `args` in place of its own. Raises ValueError naming what there is."""
-    module = FAMILIES[_known(family, FAMILIES, "model family")]
-    shape = module.PRESETS[_known(preset, module.PRESETS, f"{family} preset")] if preset else {}
-    hints = get_type_hints(module.BUILDER)
+    known = _lookup(family)
+    shape = known.presets[_known(preset, known.presets, f"{family} preset")] if preset else {}
+    hints = get_type_hints(known.builder)
     for name, value in args.items():
-        _known(name, inspect.signature(module.BUILDER).parameters, f"argument of {family}")
+        _known(name, inspect.signature(known.builder).parameters, f"argument of {family}")
         try:
             TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
         except ValidationError:
             raise ValueError(f"{family} argument {name} is {value!r}; it must be of type {hints[name]}") from None
-    return module.BUILDER(**{**shape, **args})
+    return known.builder(**{**shape, **args})
 
 
 def _known(name, known, what):

@@ -166,6 +166,14 @@ def test_hosts_see_parts_of_one_order(one, two, batch, mixture):
             same(join(part.batch(step) for part in parts), alone.batch(step))
 
 
+def test_a_host_may_read_several_parts(one):
+    """Chips of a host that are no neighbours in the mesh hold parts that are not next to each other."""
+    for make in (lambda **host: Loader([one], 16, seed=1, **host), lambda **host: Evaluation([one], 16, **host)):
+        for i in range(3):
+            rows = {k: a.reshape(4, 4, *a.shape[1:]) for k, a in make().batch(i).items()}
+            same(make(host_index=(2, 0), host_count=4).batch(i), {k: np.concatenate([a[0], a[2]]) for k, a in rows.items()})
+
+
 def test_the_order_does_not_depend_on_how_batches_are_cut(one):
     whole = Loader([one], 48, seed=2).batch(0)
     for batch in (1, 4, 16, ((0, 4), (4, 8))):

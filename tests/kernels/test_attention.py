@@ -1,21 +1,36 @@
 """Attention against a float64 formula of its own, differentiated by torch: value and every gradient, whole and block by block."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from zlib import crc32
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh, PartitionSpec
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from minllm_kernels import attention
 from minllm_kernels.dispatch import Branch
 from minllm_kernels.mask import Causal, Chunk, Dilated, Full, Global, Mask, Prefix, Strided, Window
 from minllm_kernels.ops import attention as op
-from minllm_kernels.ops.attention import chunked, cpu
+from minllm_kernels.ops.attention import chunked, cpu, tiles, tpu
+from minllm_kernels.score import Alibi, Buckets, Clipped
+
+
+def strictly():
+    """TPU kernels on a CPU: memory starts as NaN, reads outside an array and races raise."""
+    return pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", dma_execution_mode="on_wait")
+    )
+
 
 # What each mask says, in plain Python: q and k are single positions.
 SEES = {
@@ -113,7 +128,8 @@ class Case:
             o, vjp = jax.vjp(lambda wrt: attention(**x, **wrt, **static), wrt)
             return o, vjp(do)[0]
 
-        return value_and_grad(wrt, {n: a for n, a in x.items() if a is not None}, do)
+        with strictly() if impl == "tpu" else nullcontext():
+            return jax.block_until_ready(value_and_grad(wrt, {n: a for n, a in x.items() if a is not None}, do))
 
 
 def naive(case, q, k, v, sinks, bias, keep, softmax=torch.softmax):
@@ -247,6 +263,193 @@ def test_error_is_at_most_twice_that_of_the_formula_in_the_same_precision(name, 
     for (what, a, x), (_, b, _) in zip(pairs(ours, exact), pairs(same, exact)):
         assert np.abs(a - x).max() <= 2 * np.abs(b - x).max() + one * max(np.abs(x).max(), 1), what
         assert rms(a - x) <= 2 * rms(b - x) + (one / 2 * rms(x) if what == "sinks" else 0), what
+
+
+# TPU kernels, in tiles of 2 x 2 granules of 128 so that short lengths have several.
+SMALL = tiles.Shape(256, 256, 128, 128)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tpu, "tile_shape", lambda *_: SMALL)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def check_tpu(case, impl="tpu"):
+    """Value and each gradient by the rule of the test above."""
+    case_of = torch.bfloat16 if case.half else torch.float32
+    kind = jnp.bfloat16 if case.half else jnp.float32
+    one, rms = float(jnp.finfo(kind).eps), lambda e: np.sqrt(np.mean(e**2))
+    ours, exact = case.ours(kind, impl), case.torch(torch.float64, naive)
+    same = case.torch(case_of, naive)[0], case.torch(case_of, saving_lse)[1]
+    for (what, a, x), (_, b, _) in zip(pairs(ours, exact), pairs(same, exact)):
+        assert np.abs(a - x).max() <= 2 * np.abs(b - x).max() + one * max(np.abs(x).max(), 1), what
+        assert rms(a - x) <= 2 * rms(b - x) + (one / 2 * rms(x) if what == "sinks" else 0), what
+
+
+TPU_CASES = {
+    "gqa": Case(T=300, half=True),
+    "all_at_once": Case(T=300, sinks=True, softcap=2.0, mask=Causal() & Window(140), segments="packed", H=24, h=16, half=True),
+    "float32": Case(T=150, N=2, h=24, sinks=True, segments="packed"),
+    "late_chunk": Case(T=40, S=300, positions="last", mask=Causal() & Window(150), K=4),
+    "ring": Case(T=20, S=300, positions="ring", K=1, half=True),
+    "nothing_seen": Case(T=16, segments="disjoint", sinks=True),
+    "bias": Case(T=150, bias=(1, 4), softcap=2.0, half=True),
+    "bias_of_rows": Case(T=130, bias=(2, 1), mask=Full(), N=2),
+    "local_global": Case(T=280, mask=Window(3, 3) | Global(2), N=2, half=True),
+    "strided": Case(T=140, mask=Causal() & Strided(8, 2), N=2, half=True),
+    "shuffled": Case(T=111, positions="shuffled", N=2, half=True),
+    "one_token": Case(T=1),
+}
+FEATURES = [
+    dict(), dict(half=True, K=1), dict(sinks=True, softcap=2.0, half=True), dict(segments="packed", half=True),
+    dict(segments="disjoint", sinks=True), dict(bias=(1, 4), half=True), dict(bias=(2, 1), sinks=True, softcap=3.0),
+    dict(H=80, h=96, half=True, K=4), dict(H=192, h=128, half=True, segments="packed"),
+]  # fmt: skip
+LENGTHS = [dict(T=8), dict(T=15), dict(T=100), dict(T=111), dict(T=257), dict(T=40, S=300, positions="last")]
+GRID = [Case(mask=mask, **length, **feature) for mask in SEES for length in LENGTHS for feature in FEATURES
+        if not (feature.get("segments") and "S" in length)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TPU_CASES)
+def test_tpu_kernels_in_interpret_mode(name, small_tiles):
+    check_tpu(TPU_CASES[name])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", GRID, ids=repr)
+def test_tpu_kernels_over_the_grid(case, small_tiles):
+    check_tpu(case)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("H, h", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("T", [1000, 1100])
+def test_tpu_kernels_at_their_own_tile_size(T, H, h):
+    check_tpu(Case(T=T, N=1, K=1, H=H, h=h, half=True))
+
+
+@pytest.mark.nightly
+@given(st.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_tpu_kernels_on_anything(data):
+    draw = lambda *options: data.draw(st.sampled_from(options))
+    T, segments = data.draw(st.integers(1, 300)), draw(None, "packed", "disjoint")
+    S = None if segments else draw(None, T + data.draw(st.integers(0, 200)))
+    sizes = dict(T=T, S=S, K=draw(1, 2, 4), H=draw(8, 24, 64), h=draw(8, 40))
+    seen = dict(mask=draw(*SEES), positions="plain" if S is None else draw("last", "ring"), segments=segments)
+    scores = dict(softcap=draw(None, 2.0), sinks=draw(True, False), bias=draw(None, (1, 4), (2, 1)), half=draw(True, False))
+    check_tpu(Case(**sizes, **seen, **scores))
+
+
+def test_tile_size_changes_nothing_but_rounding_on_a_tpu(monkeypatch):
+    case, results = Case(T=300, N=2, K=1, segments="packed", sinks=True), []
+    for shape in (tiles.Shape(128, 128, 128, 128), SMALL, tiles.Shape(512, 256, 256, 128)):
+        monkeypatch.setattr(tpu, "tile_shape", lambda *_, shape=shape: shape)
+        jax.clear_caches()
+        results.append(case.ours(jnp.float32, "tpu"))
+    jax.clear_caches()
+    for other in results[1:]:
+        for what, a, b in pairs(other, results[0]):
+            assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), what
+
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+COMPILED = {
+    "gqa": Case(T=150, H=64, h=64),
+    "all_at_once": Case(T=150, H=80, h=96, sinks=True, softcap=2.0, segments="packed", mask=(Causal() & Window(140)) | Global(4)),
+    "bias": Case(T=300, H=128, h=128, bias=(1, 4)),
+    "latent": Case(T=300, H=192, h=128),
+    "wide": Case(T=300, H=256, h=256, K=1),
+    "float32": Case(T=300, H=96, h=96, half=False),
+    "masks": Case(T=150, H=128, h=128, mask=(Causal() & Dilated(3)) | (Strided(8, 2) & Chunk(10))),
+}
+FIRST = [("v6e", "gqa"), ("v5e", "all_at_once")]
+
+
+@pytest.mark.parametrize(
+    "chip, name",
+    [pytest.param(chip, name, marks=() if (chip, name) in FIRST else pytest.mark.nightly) for chip in CHIPS for name in COMPILED],
+)
+def test_tpu_kernels_compile(chip, name):
+    """With the TPU's own compiler: forward and backward, as impl "auto" chooses them there."""
+    case, kind = COMPILED[name], jnp.float32 if name == "float32" else jnp.bfloat16
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+    B, T, N, H, h, K = 2, case.T, case.N, case.H, case.h, case.K
+    x = dict(q=(B, T, N, H), k=(B, T, K, H), v=(B, T, K, h), q_pos=(B, T), kv_pos=(B, T))
+    x |= dict(q_seg=(B, T), kv_seg=(B, T)) if case.segments else {}
+    x |= dict(sinks=(N,)) if case.sinks else {}
+    x |= dict(bias=(*case.bias, T, T)) if case.bias else {}
+    dtype = lambda name: jnp.int32 if name.endswith(("pos", "seg")) else kind
+    x = {n: jax.ShapeDtypeStruct(size, dtype(n), sharding=SingleDeviceSharding(device)) for n, size in x.items()}
+    wrt = {n: x.pop(n) for n in DIFFERENTIABLE if n in x}
+
+    def loss(wrt, x):
+        o = attention(**wrt, **x, mask=case.mask, softcap=case.softcap, chip=device.device_kind)
+        return o.astype(jnp.float32).sum()
+
+    text = jax.jit(jax.value_and_grad(loss)).trace(wrt, x).lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "attention_forward" in text and "attention_backward" in text
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_sum_exp_and_its_gradient(impl, blocks):
+    blocks(8)
+    case = CASES["sinks"]
+    x = {n: None if a is None else jnp.asarray(a, jnp.float32 if a.dtype == np.float64 else jnp.int32) for n, a in case.inputs.items()}
+    do = x.pop("do")
+
+    def loss(wrt, impl):
+        o, lse = attention(**(x | wrt), impl=impl, return_lse=True)
+        return (o * do).sum() + (lse**2).sum(), (o, lse)
+
+    def plain(wrt):
+        k = jnp.repeat(wrt["k"], 2, 2)
+        s = jnp.einsum("btnh,bsnh->bnts", wrt["q"], k) * case.H**-0.5
+        s = jnp.where(jnp.asarray(case.see)[:, None], s, -jnp.inf)
+        s = jnp.concatenate([s, jnp.broadcast_to(wrt["sinks"][None, :, None, None], (*s.shape[:3], 1))], -1)
+        lse = jax.nn.logsumexp(s, -1)
+        o = jnp.einsum("bnts,bsnh->btnh", jnp.exp(s - lse[..., None])[..., :-1], jnp.repeat(wrt["v"], 2, 2))
+        return (o * do).sum() + (lse**2).sum(), (o, lse.swapaxes(1, 2))
+
+    wrt = {n: x[n] for n in ("q", "k", "v", "sinks")}
+    ours, grads = jax.jit(jax.grad(lambda w: loss(w, impl), has_aux=True))(wrt)[::-1]
+    theirs, expected = jax.jit(jax.grad(plain, has_aux=True))(wrt)[::-1]
+    for a, b in zip(jax.tree.leaves((ours, grads)), jax.tree.leaves((theirs, expected)), strict=True):
+        assert a.shape == b.shape and jnp.abs(a - b).max() <= 2e-5 * jnp.abs(b).max()
+
+
+def test_log_sum_exp_of_nothing_is_minus_infinity():
+    x, pos = jnp.ones((1, 2, 1, 4)), jnp.full((1, 2), -1)
+    assert (attention(x, x, x, q_pos=pos, kv_pos=pos, return_lse=True)[1] == -jnp.inf).all()
+
+
+def test_alibi_t5_and_shaw():
+    """Value and the gradient of the table, against formulae of their own in float64."""
+    random, B, T, N, H = np.random.default_rng(0), 2, 30, 4, 8
+    with jax.enable_x64(True):
+        q, k, v, do = (jnp.asarray(random.standard_normal((B, T, N, H))) for _ in range(4))
+        pos = jnp.tile(jnp.arange(T), (B, 1))
+        relative = jnp.asarray(random.standard_normal((2 * 5 + 1, H)))
+        buckets = jnp.asarray(random.standard_normal((1, N, 1, 32)))
+        place = np.arange(T)
+        away = place[None, :] - place[:, None]
+        far = lambda d: min(8 + int(np.log(d / 8) / np.log(16) * 8), 15)
+        hf = np.vectorize(lambda d: (16 if d > 0 else 0) + (abs(d) if abs(d) < 8 else far(abs(d))))(away)
+        schemes = {
+            "alibi": (Alibi(), lambda t: t, Alibi.slopes(N)[None, :, None, None].astype(q.dtype), lambda t: t * away),
+            "t5": (Buckets(), lambda t: t, buckets, lambda t: t[:, :, 0][:, :, hf]),
+            "shaw": (Clipped(5), lambda a: jnp.einsum("btnh,rh->bntr", q, a) * H**-0.5, relative,
+                     lambda a: jnp.einsum("btnh,tsh->bnts", q, a[np.clip(away, -5, 5) + 5]) * H**-0.5),
+        }  # fmt: skip
+        for name, (score, table, x, expected) in schemes.items():
+            ours = lambda x, s=score, t=table: (attention(q, k, v, q_pos=pos, kv_pos=pos, score=s, table=t(x)) * do).sum()
+            theirs = lambda x, e=expected: (attention(q, k, v, q_pos=pos, kv_pos=pos, bias=jnp.broadcast_to(e(x), (B, N, T, T))) * do).sum()
+            (a, da), (b, db) = (jax.value_and_grad(f)(x) for f in (ours, theirs))
+            assert abs(a - b) <= 1e-4 * abs(b) and jnp.abs(da - db).max() <= 1e-4 * jnp.abs(db).max(), name
+    assert np.allclose(Alibi.slopes(8), [2.0**-i for i in range(1, 9)])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -413,6 +616,11 @@ def test_a_cpu_leaves_out_the_keys_behind_a_block_where_the_row_is_in_order(orde
     (dict(kv_seg=(2, 5)), "segments for queries and keys, or for neither"),
     (dict(impl="xla", bias=(1, 1, 5, 5)), "cannot serve this call"),
     (dict(impl="xla"), "too short to gain"),
+    (dict(impl="tpu", keep=(2, 4, 5, 5)), "a dropout mask"),
+    (dict(q_seg=(2, 5), kv_seg=(2, 6)), r"kv_seg of shape \(2, 5\).*got \(2, 6\)"),
+    (dict(sinks=(3,)), r"sinks of shape \(4,\)"),
+    (dict(k=(2, 5, 2, 7)), r"k of shape \(2, 5, 2, 8\)"),
+    (dict(score=Alibi()), "a score and its table"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_errors_name_the_numbers(change, message):
     args = dict(q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8), q_pos=(2, 5), kv_pos=(2, 5)) | change

@@ -155,10 +155,20 @@ def test_extreme_logits_stay_finite(impl, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_a_target_outside_the_vocabulary_is_its_nearest():
+def test_a_target_outside_the_vocabulary_has_no_logit():
     x, w = map(jnp.asarray, inputs((1, 4, 3, 5))[:2])
-    outside, nearest = jnp.asarray([[-100, -1, 5, 99]]), jnp.asarray([[0, 0, 4, 4]])
-    np.testing.assert_array_equal(cross_entropy(x, w, outside)[0], cross_entropy(x, w, nearest)[0])
+    loss, lse = cross_entropy(x, w, jnp.asarray([[-100, -1, 5, 99]]))
+    np.testing.assert_array_equal(loss, lse)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_parts_of_the_vocabulary_add_up(smoothing):
+    """lse - loss of the parts of a head adds up to that of the whole."""
+    x, w, targets, _, _ = map(jnp.asarray, inputs((2, 5, 3, 12)))
+    loss, lse = cross_entropy(x, w, targets, smoothing=smoothing)
+    parts = [cross_entropy(x, w[:, i : i + 4], targets - i, smoothing=smoothing, vocab=12) for i in (0, 4, 8)]
+    np.testing.assert_allclose(sum(b - a for a, b in parts), lse - loss, atol=1e-12)
+    np.testing.assert_allclose(jax.nn.logsumexp(jnp.stack([b for _, b in parts]), 0), lse, atol=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, 2.0])

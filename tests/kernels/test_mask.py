@@ -77,6 +77,25 @@ def test_a_span_holds_every_key_that_is_seen(pair, data):
     assert all(first <= k <= last for k in seen), (mask, lo, hi, first, last)
 
 
+@given(MASKS, st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_is_covered_needs_no_mask(pair, data):
+    mask, rule = pair
+    qlo, klo = data.draw(st.integers(-2, 29)), data.draw(st.integers(0, 33))
+    qhi, khi = data.draw(st.integers(qlo, 29)), data.draw(st.integers(klo, 33))
+    if mask.covers(qlo, qhi, klo, khi):
+        assert table(rule, range(qlo, qhi + 1), range(klo, khi + 1)).all(), (mask, qlo, qhi, klo, khi)
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(5, 3), Causal() & Window(9), Chunk(8), Prefix(7), Global(4)], ids=str)
+@pytest.mark.parametrize("box", [(8, 11, 4, 7), (0, 3, 0, 3), (9, 10, 8, 9), (12, 15, 8, 12), (4, 6, 0, 2)])
+def test_a_box_that_is_seen_whole_is_covered(mask, box):
+    """Of the masks whose edges are lines: kernels lose nothing."""
+    qlo, qhi, klo, khi = box
+    whole = mask.allows(np.arange(qlo, qhi + 1)[:, None], np.arange(klo, khi + 1)).all()
+    assert bool(mask.covers(*box)) == bool(whole)
+
+
 def seen_by(mask, lo, hi):
     """(first, last) key that any query of lo to hi sees, by looking at each; None where there is none."""
     keys = np.arange(0, 100)
@@ -145,4 +164,4 @@ def test_a_mask_must_say_what_it_allows():
 
     with pytest.raises(NotImplementedError, match="Silent does not say what it allows"):
         Silent().allows(0, 0)
-    assert Silent().span(0, 5) == (-FAR, FAR)  # a mask without a span is only slow
+    assert Silent().span(0, 5) == (-FAR, FAR) and not Silent().covers(5, 5, 0, 0)  # a mask without them is only slow

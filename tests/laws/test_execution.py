@@ -16,8 +16,9 @@ from minllm.sharding import ALL, DDP, FSDP, FSDP_TP, TP, make_mesh, sharding, sh
 
 B, T = 8, 16
 MESHES = {
-    "data": dict(data=8), "fsdp": dict(fsdp=8), "tensor": dict(data=2, tensor=4), "fsdp_tensor": dict(fsdp=4, tensor=2),
-    "context": dict(fsdp=2, context=4), "mixed": dict(fsdp=2, context=2, tensor=2),
+    "data": dict(data=8), "fsdp": dict(fsdp=8), "hsdp": dict(data=2, fsdp=4), "tensor": dict(data=2, tensor=4),
+    "fsdp_tensor": dict(fsdp=4, tensor=2), "context": dict(fsdp=2, context=4), "fsdp_context": dict(fsdp=4, context=2),
+    "mixed": dict(fsdp=2, context=2, tensor=2),
 }  # fmt: skip
 
 
@@ -66,6 +67,14 @@ def test_every_layer_on_the_mixed_mesh(name, base):
 def test_llama_on_every_mesh(mesh, base):
     """kv_heads = 2 over tensor = 4 included."""
     agree(value_and_grad(EXAMPLES["llama_tied_dropout"], Execution(mesh=make_mesh(**MESHES[mesh]))), base("llama_tied_dropout"))
+
+
+@pytest.mark.parametrize("name", ["llama_tied_dropout", "gemma_like", "mqa"])
+@pytest.mark.parametrize("mesh", ["context", "mixed", "fsdp_context"])
+@pytest.mark.parametrize("context", ["ring", "ulysses"])
+def test_queries_meet_the_keys_of_other_devices(name, mesh, context, base):
+    """K11, V07. Windows, soft caps, segments, dropout of the probabilities, fewer kv heads than devices."""
+    agree(value_and_grad(EXAMPLES[name], Execution(mesh=make_mesh(**MESHES[mesh]), context=context)), base(name))
 
 
 @pytest.mark.parametrize("rules", [DDP, FSDP, TP, FSDP_TP], ids=["ddp", "fsdp", "tp", "fsdp_tp"])

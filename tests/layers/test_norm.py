@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minllm.layer import Context
-from minllm.layers.norm import LayerNorm, RMSNorm, rms_norm
+from minllm.layers.norm import GroupNorm, LayerNorm, RMSNorm, rms_norm
 
 random = np.random.default_rng(0)
 X, DY, GAIN, BIAS = (random.standard_normal(shape) for shape in ((3, 7, 40), (3, 7, 40), (40,), (40,)))
@@ -22,6 +22,8 @@ NORMS = {
     "layer": (LayerNorm(), lambda x, scale, bias: F.layer_norm(x, (40,), scale, bias, 1e-5)),
     "layer_eps": (LayerNorm(0.5), lambda x, scale, bias: F.layer_norm(x, (40,), scale, bias, 0.5)),
     "layer_no_bias": (LayerNorm(bias=False), lambda x, scale: F.layer_norm(x, (40,), scale, None, 1e-5)),
+    "group": (GroupNorm(8), lambda x, scale, bias: F.group_norm(x.reshape(21, 40), 8, scale, bias, 1e-5).reshape(x.shape)),
+    "group_one": (GroupNorm(1), lambda x, scale, bias: F.layer_norm(x, (40,), scale, bias, 1e-5)),
     "layer_offset": (LayerNorm(unit_offset=True), lambda x, scale, bias: F.layer_norm(x, (40,), 1 + scale, bias, 1e-5)),
 }
 
@@ -83,3 +85,8 @@ def test_initial_norms_change_no_scale():
     for norm in (RMSNorm(), RMSNorm(unit_offset=True), LayerNorm(), LayerNorm(unit_offset=True)):
         y = norm.apply(spec.init(norm.params(40), jax.random.key(0)), x, Context()).x
         assert jnp.abs(jnp.sqrt(jnp.mean(y**2, -1)) - 1).max() <= 1e-4  # eps
+
+
+def test_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="a width of 40 does not divide into 3 groups"):
+        GroupNorm(3).params(40)

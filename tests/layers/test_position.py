@@ -15,7 +15,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from minllm.layer import positions_of
-from minllm.layers.position import DynamicNTKScaling, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from minllm.layers.position import (
+    AxialRope,
+    DynamicNTKScaling,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    Sinusoidal,
+    YarnScaling,
+)
 
 SHORT, LONG = tuple(1 + 0.03 * i for i in range(16)), tuple(1 + 0.9 * i for i in range(16))
 
@@ -145,3 +155,55 @@ def test_positions_restart_at_each_document(segments):
         expected.append(last.position)
     padded = segments + [9] * (30 - len(segments))  # one shape, one compilation
     assert positions_of(jnp.array([padded], jnp.int32))[0, : len(segments)].tolist() == expected
+
+
+# --- positions that are added, and those of pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_sinusoids_are_the_papers(halves):
+    """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos of the same, in float64 by hand; 1e-6 because ours are float32."""
+    D, positions = 10, np.array([[0, 1, 5, 500]])
+    ours = np.asarray(Sinusoidal(halves=halves).apply({}, jnp.zeros((1, 4, D)), jnp.asarray(positions)))
+    angle = positions[..., None] / 10_000 ** (np.arange(0, D, 2) / D)
+    expected = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+    if not halves:
+        expected = expected.reshape(1, 4, 2, D // 2).swapaxes(2, 3).reshape(1, 4, D)
+    assert np.abs(ours - expected).max() <= 5e-5 and np.abs(ours[:, :3] - expected[:, :3]).max() <= 1e-6
+
+
+def test_a_step_of_sinusoids_is_linear():
+    """PE(p + k) is a rotation of PE(p) that does not depend on p (the reason the paper gives for them)."""
+    D, k = 8, 3
+    table = np.asarray(Sinusoidal(halves=True).apply({}, jnp.zeros((1, 20, D)), jnp.arange(20)[None]))[0].astype(np.float64)
+    turn, *rest = np.linalg.lstsq(table[:-k], table[k:], rcond=None)
+    assert np.abs(table[:-k] @ turn - table[k:]).max() <= 1e-5
+
+
+def test_learned_positions():
+    """A row of the table is added; more tokens than rows is an error, and a position beyond them gives NaN, never another row."""
+    layer = Learned(6)
+    p = {"table": jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)}
+    y = layer.apply(p, jnp.zeros((1, 3, 4)), jnp.array([[2, 5, -1]]))
+    assert (y[0, :2] == p["table"][jnp.array([2, 5])]).all() and bool(jnp.isfinite(y).all())
+    assert bool(jnp.isnan(layer.apply(p, jnp.zeros((1, 1, 4)), jnp.array([[6]]))).all())
+    with pytest.raises(ValueError, match="has learned 6 positions, the call has 7 tokens"):
+        layer.apply(p, jnp.zeros((1, 7, 4)), jnp.arange(7)[None])
+
+
+def test_pixtrals_axial_rotation():
+    """Patches of a picture, row by row."""
+    from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfig
+    from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
+    from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb as rotate
+
+    width, N, H = 5, 2, 16
+    config = PixtralVisionConfig(hidden_size=N * H, num_attention_heads=N, image_size=16 * width, patch_size=16)
+    x = np.random.default_rng(0).standard_normal((1, 3 * width, N, H)).astype(np.float32)
+    at = torch.arange(3 * width)
+    cos, sin = PixtralVisionRotaryEmbedding(config)(torch.tensor(x), torch.stack([at // width, at % width], -1))
+    theirs = rotate(*(torch.tensor(x).transpose(1, 2),) * 2, cos, sin, unsqueeze_dim=0)[0].transpose(1, 2)
+    ours = AxialRope(width).apply(jnp.asarray(x), jnp.arange(3 * width)[None])
+    assert np.abs(np.asarray(ours) - theirs.numpy()).max() <= 1e-5
+    with pytest.raises(ValueError, match="a head of 6 dims does not divide"):
+        AxialRope(3).apply(jnp.zeros((1, 2, 1, 6)), jnp.arange(2)[None])

@@ -18,7 +18,7 @@ from minllm.layers.attention import Attention
 from minllm.layers.mlp import GLU, MLP, gelu, gelu_tanh, relu, silu
 from minllm.layers.norm import LayerNorm, RMSNorm, rms_norm
 from minllm.layers.position import Rope
-from minllm.layers.residual import Parallel, PostNorm, PreNorm, ReorderedNorm, SandwichNorm
+from minllm.layers.residual import DeepNorm, Parallel, PostNorm, PreNorm, ReorderedNorm, SandwichNorm
 from minllm.spec import FanIn, Spec
 
 B, T, D = 2, 11, 32
@@ -51,6 +51,7 @@ N = lambda x, g: rms_norm(x, g["scale"])
 FORMULAS = {
     "pre": (PreNorm(Probe()), lambda x, p: x + N(x, p["norm"]) @ p["inner"]["w"]),
     "post": (PostNorm(Probe()), lambda x, p: N(x + x @ p["inner"]["w"], p["norm"])),
+    "deep": (DeepNorm(Probe(), alpha=2.0), lambda x, p: N(2 * x + x @ p["inner"]["w"], p["norm"])),
     "reordered": (ReorderedNorm(Probe()), lambda x, p: x + N(x @ p["inner"]["w"], p["norm"])),
     "sandwich": (SandwichNorm(Probe()), lambda x, p: x + N(N(x, p["norm"]) @ p["inner"]["w"], p["outer_norm"])),
     "parallel": (Parallel((Probe("a"), Probe("b"))), lambda x, p: x + N(x, p["norm"]) @ (p["inner"][0]["w"] + p["inner"][1]["w"])),

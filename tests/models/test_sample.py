@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 import minllm
 from minllm.layer import Context, Execution
 from minllm.models.llama import llama3
-from minllm.sample import Sampler, sample
+from minllm.sample import Sampler, sample, stream
 from minllm.sharding import make_mesh
 from minllm.weights import unstack
 
@@ -60,6 +60,20 @@ def test_one_seed_counts_up_by_row(params):
     draw = partial(sample, MODELS["llama"], params["llama"], [[1, 2]] * 3, 8)
     assert draw(seeds=5) == draw(seeds=[5, 6, 7]) and len({tuple(row) for row in draw(seeds=5)}) == 3
     assert draw(seeds=5)[1] == draw(seeds=6)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streaming_gives_the_same_tokens(name, params):
+    """One at a time, with the prompt read in pieces: tokens, seeds and stops are those of `sample`."""
+    model, prompt = MODELS[name], list(range(1, 60)) * 3
+    for sampler in (GREEDY, Sampler(temperature=0.8, top_k=20)):
+        for start in (prompt, [5]):
+            whole = sample(model, params[name], [start], 12, sampler=sampler, seeds=7)[0]
+            assert list(stream(model, params[name], start, 12, sampler=sampler, seed=7)) == whole
+    cut = list(stream(model, params[name], [5], 12, sampler=sampler, seed=7, stop=(whole[4],)))
+    assert cut == whole[: whole.index(whole[4])]
+    with pytest.raises(ValueError, match="at least one token"):
+        next(stream(model, params[name], [], 3))
 
 
 def test_a_longer_text_begins_with_the_shorter(params):

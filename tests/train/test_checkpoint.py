@@ -18,6 +18,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minllm.checkpoint import Checkpointer, RestoreError, SaveError, latest, read_extra, restore, steps
+from minllm.data import Data
+from minllm.run import Mesh, Model, Run
+from minllm.step import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,6 +210,22 @@ def test_eight_devices_to_one_and_back(tmp_path):
         checkpoints.save(2, read)
     eight()
     assert same(restore(tmp_path, asked, step=3)[0], expected)
+
+
+def test_a_run_moves_between_meshes_bitwise(tmp_path):
+    """V15: the whole state of a run, saved on 2 x 4, loads on 8 x 1 and on one device."""
+    run = lambda **mesh: Run(model=Model(args=dict(D=16, layers=2, heads=4, kv_heads=2, hidden=32, scaling=None)), batch=8, average=0.9,
+                             data=Data(length=16), mesh=Mesh(**mesh))  # fmt: skip
+    first = build(run(data=1, fsdp=2, tensor=4), 32, jax.devices())
+    state = first.init(jax.random.key(3))
+    with Checkpointer(tmp_path) as c:
+        c.save(1, state)
+    raw = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    for other in (build(run(data=1, fsdp=8), 32, jax.devices()), build(run(data=1), 32, jax.devices()[:1])):
+        found, _ = restore(tmp_path, other.state)
+        for a, b, want in zip(*map(jax.tree.leaves, (found, state, other.state)), strict=True):
+            np.testing.assert_array_equal(raw(a), raw(b))
+            assert want.sharding is None or a.sharding.is_equivalent_to(want.sharding, a.ndim)
 
 
 def test_a_mesh_of_this_process(tmp_path):

@@ -30,7 +30,7 @@ class Bigram:
     def hidden(self, p, tokens, ctx):
         return Out(p["embed"][tokens], losses=self.balance)
 
-    def head(self, p, run):
+    def head(self, p):
         return p["head"]
 
 

@@ -1,19 +1,17 @@
-"""The step: a pure function, whatever the microbatches, the mesh, the remat policy; its guard, its averages, its precision, and what it
-sends between devices."""
+"""The step: a pure function, whatever the microbatches, the mesh, the remat policy; its guard, its averages, its precision. What it
+sends between devices is law 10 (tests/laws/test_communication.py)."""
 
-import re
-from collections import Counter
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from minllm import spec
 from minllm.data import Data
 from minllm.layer import Precision
+from minllm.layers.mlp import GLU
 from minllm.optim import SGD, Adafactor, AdamW, Lion, Muon, Schedule
 from minllm.run import Mesh, Model, Run
 from minllm.step import build, make_step
@@ -189,6 +187,22 @@ def test_remat_gives_the_same_gradient_in_less_memory(kind):
     assert step.memory_analysis().temp_size_in_bytes < plain_step.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("mesh", [(), (("data", 1), ("fsdp", 2), ("context", 2), ("tensor", 2))], ids=["one", "mixed"])
+def test_what_is_saved_by_name_is_not_computed_again(mesh):
+    """Products in the program before it is compiled: with "attention" its two are not done again in any layer, and with all three names
+    only the three that lead back to the residual stream are."""
+
+    def products(**more):
+        run = Run(model=Model(args=ARGS), data=Data(length=T), batch=B, mesh=Mesh(**dict(mesh)), scan=False, remat="layer", **more)
+        return build(run, V, jax.devices()[: 8 if mesh else 1]).lower(B, T).as_text().count("dot_general")
+
+    nothing, attention, names = (products(save=save) for save in ((), ("attention",), ("qkv", "attention", "mlp")))
+    layers = ARGS["layers"]
+    assert nothing - attention == 2 * layers  # q k^T and p v
+    assert attention - names == 5 * layers  # q, k, v, gate, up
+    assert distance(gradient(remat="layer", save=("attention",), clip=None), gradient(clip=None)) <= 1e-6
+
+
 # --- the guard ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +272,48 @@ def test_five_steps_on_eight_devices_are_those_of_one(mesh):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("zero", [1, 2])
+def test_what_fsdp_shards_changes_nothing(zero, microbatches):
+    """V03: the gradient of ZeRO-1 and 2 is that of 3 (1e-6: the order of float32 sums), and they hold the same state."""
+    settings = dict(devices=8, mesh=MESHES["fsdp"], clip=None, microbatches=microbatches)
+    assert distance(gradient(zero=zero, **settings), gradient(**settings)) <= 1e-6
+    a, b = (program(zero=z, **settings)[1].memory_analysis().argument_size_in_bytes for z in (zero, 3))
+    assert a == b
+
+
+@pytest.mark.parametrize("context", ["gather", "ring", "ulysses"])
+def test_a_balanced_order_of_tokens_changes_nothing(context):
+    """Five steps whose rows are spread over context=2 as early and late pieces: 1e-5, the order of float32 sums."""
+    settings = dict(devices=8, mesh=(("data", 1), ("fsdp", 4), ("context", 2)), optimizer=AdamW(lr=1e-3))
+    built, step = program(context=context, balance=True, **settings)
+    state, seen = built.init(jax.random.key(0)), []
+    for i in range(5):
+        state, values = step(state, built.put(batch(i)))
+        seen.append(jax.device_get(values))
+    np.testing.assert_allclose(losses(seen), losses(go(5, optimizer=AdamW(lr=1e-3))[1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(data=Data(length=24), mesh=Mesh(data=1, context=8), balance=True), "24 tokens do not divide into the 16 pieces"),
+    (dict(data=Data(length=20), mesh=Mesh(data=1, context=8)), "20 does not divide over mesh context=8 x tensor=1; use a multiple of 8"),
+    (dict(save=("attention",)), "save and offload say what remat keeps, and remat is 'none'; set remat: full or layer"),
+    (dict(remat="full", save=("mlp",), offload=("mlp",)), "'mlp' cannot be both saved and offloaded"),
+    (dict(mesh=Mesh(data=1, tensor=8)), "heads of 4 does not divide over the mesh axes tensor=8; choose sizes whose product divides 4"),
+], ids=str)  # fmt: skip
+def test_a_run_that_cannot_be_spread_out(changes, message):
+    run = Run(**{**dict(model=Model(args=ARGS), data=Data(length=T), batch=B), **changes})
+    with pytest.raises(ValueError, match=message):
+        build(run, V, jax.devices())
+
+
+def test_a_balanced_order_is_refused_to_layers_that_read_neighbours(monkeypatch):
+    monkeypatch.setattr(GLU, "any_order", False)
+    run = Run(model=Model(args=ARGS), data=Data(length=T), batch=B, mesh=Mesh(data=4, context=2), balance=True)
+    with pytest.raises(ValueError, match="balance: true moves tokens, and GLU reads a token's neighbours; set balance: false"):
+        build(run, V, jax.devices())
+
+
 def test_dropout_draws_by_step_and_row():
     """The same masks for any number of microbatches (2e-6: the order of float32 sums), others at the next step."""
     settings = dict(clip=None, args=DROPOUT["args"])
@@ -283,72 +339,3 @@ def test_what_comes_out_of_a_step_lies_where_it_went_in():
     state = go(1, **settings)[0]
     for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(program(**settings)[0].state), strict=True):
         assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
-
-
-# Law 10, for each layer of a llama: {(what, where): how many}. "weight": a whole weight, or the gradient of one, over fsdp; "rows": the
-# residual stream (B/shards, T, D) inside a tensor group. Sums that a reduce-scatter halves are all-reduces here: that pass comes later.
-GATHER, SUM = "all-gather", "all-reduce"
-BUDGET = {
-    "fsdp": ({
-        (GATHER, "weight", "forward"): 7, (GATHER, "weight", "backward"): 7, (SUM, "weight", "backward"): 7,
-    }, {(GATHER, "weight", "outside"): 2, (SUM, "weight", "outside"): 2}),
-    "fsdp_tensor": ({
-        (GATHER, "weight", "forward"): 7, (GATHER, "weight", "backward"): 7, (SUM, "weight", "backward"): 7,
-        # forward: gathered before attention and before the feed-forward, summed after each. Backward: the same mirrored; of the sums, those
-        # of q, k, v and of gate, up are added before they are sent by a later pass.
-        (GATHER, "rows", "forward"): 2, (SUM, "rows", "forward"): 2, (GATHER, "rows", "backward"): 4, (SUM, "rows", "backward"): 5,
-        # outside, the embedding and the head over fsdp and tensor: the loss shares out its tokens and needs no row of another device
-    }, {(GATHER, "weight", "outside"): 4, (SUM, "weight", "outside"): 3}),
-}  # fmt: skip
-LAW10 = {"fsdp": dict(data=1, fsdp=8), "fsdp_tensor": dict(data=1, fsdp=4, tensor=2)}
-
-
-@pytest.fixture
-def no_cache():
-    """A program from the cache is not compiled, and so not dumped."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-def group_size(collective):
-    """How many devices talk: `{{0,1},{2,3}}`, `[groups,size]<=...` or `mesh['fsdp'=4,'tensor'=2] {'fsdp'}`."""
-    forms = r"\{\{(?P<list>[\d,]*)\}", r"\[\d+,(?P<size>\d+)\]", r"mesh\[(?P<mesh>[^]]*)\] \{(?P<axes>[^}]*)\}"
-    groups = re.search(f"replica_groups=({'|'.join(forms)})", collective)
-    if groups["mesh"]:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups["mesh"]))
-        return int(np.prod([int(sizes[axis]) for axis in re.findall(r"\w+", groups["axes"])]))
-    return int(groups["size"] or len(groups["list"].split(",")))
-
-
-@pytest.mark.parametrize("name", BUDGET)
-def test_communication_budget(name, tmp_path, no_cache):
-    """Law 10, read off the partitioned program: kinds, numbers a layer and dtypes. Weights and activations move in the compute dtype,
-    gradients of weights add up in float32 (K15); nothing but gathers and sums exists; no array of a layer is replicated that the Rules
-    shard."""
-    D, length, rows = 64, 96, 32
-    args = dict(D=D, layers=3, heads=8, kv_heads=4, head_dim=8, hidden=128, scaling=None)
-    run = Run(model=Model(args=args), data=Data(length=length), batch=rows, mesh=Mesh(**LAW10[name]), scan=True,
-              precision=Precision(compute="bfloat16"))  # fmt: skip
-    built = build(run, 128, jax.devices())
-    step = jax.jit(make_step(built.model, built.transform, run, built.execution), donate_argnums=0)
-    step.lower(built.state, built.batch(rows, length)).compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partition.*"})
-    (file,) = tmp_path.glob("*jit_step*after_spmd-partitioning*.txt")
-    inside, outside, others = Counter(), Counter(), []
-    pattern = r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)\((.*)"
-    for dtype, shape, kind, rest in re.findall(pattern, file.read_text()):
-        shape, op = [int(n) for n in shape.split(",") if n], re.search(r'op_name="([^"]*)"', rest)
-        if group_size(rest) == 1:
-            continue  # the transpose of a shard_map writes them, and the simplifier takes them away
-        size = int(np.prod(shape))
-        if size <= max(D, 3 * D) and kind == SUM:
-            continue  # losses, norms of gradients, gains
-        what = "rows" if shape[-2:] == [length, D] else "weight"
-        where = ("backward" if "transpose" in op[1] else "forward") if "while/body" in op[1] else "outside"
-        (inside if where != "outside" else outside)[kind, what, where] += 1
-        if dtype != ("f32" if (kind, what) == (SUM, "weight") else "bf16") or kind not in (GATHER, SUM):
-            others.append((kind, dtype, shape, op[1]))
-    assert not others
-    assert (dict(inside), dict(outside)) == BUDGET[name]

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from minllm import checkpoint, metrics, train
+from minllm import checkpoint, metrics, pretrained, train
 from minllm.config import undecorated
+from minllm.interop import hf
 from minllm.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,6 +287,24 @@ def test_init_from_takes_the_parameters_alone(whole, run, tmp_path):
         assert losses(tmp_path / f"from{step}")[1] < losses(whole / "run")[1] - 0.1
 
 
+def test_init_from_a_hugging_face_folder(whole, run, write, tmp_path, capsys):
+    """The model and its parameters come from the folder; what is trained from them knows where its model is."""
+    model, params, _ = pretrained.load(whole / "run")
+    folder = tmp_path / "hf"
+    hf.save(folder, model, params)
+    assert run(f"init_from={folder}", f"model={{like: {folder}}}", "steps=1", "optimizer.lr=1e-12", out="tuned") == 0
+    theirs, mine = stored(whole / "run", 8), stored(tmp_path / "tuned", 1)
+    for name, a in theirs.items():
+        if name.startswith("params/"):
+            np.testing.assert_allclose(mine[name], a, rtol=0, atol=1e-9, err_msg=name)
+    again = pretrained.load(tmp_path / "tuned")
+    assert again.model.vocab == 258 and again.tokenizer.vocab_size == 258
+    text = refused(capsys, ["--config", write(), f"init_from={folder}", "model.args.layers=3"], tmp_path / "run")
+    assert "another model than this run's" in text and "trunk/0/times is 2 there and 3 here" in text and "model.like" in text, text
+    text = refused(capsys, ["--config", write(), f"model.like={folder}"], tmp_path / "run")
+    assert "leave out model.preset and model.args" in text, text
+
+
 # --- the other things that the command does -------------------------------------------------------------------------------------------
 
 
@@ -358,7 +377,7 @@ WRONG = {  # overrides -> what the message must say: the value, the limit or pla
     "mesh": (["mesh.fsdp=3", "mesh.tensor=2"], ["6", "1 devices", "multiply to 1"]),
     "heads": (["model.args.heads=3"], ["3", "heads"]),
     "lora targets": (["lora={targets: nothing}"], ["nothing", "matches no weight", "paths look like"]),
-    "init_from": (["init_from=/nowhere"], ["/nowhere", "no minllm checkpoint", "run folder"]),
+    "init_from": (["init_from=/nowhere"], ["/nowhere", "is no model", "run folder"]),
     "no config": (["=3"], ["key.sub=value"]),
     "held out": (["data.holdout=0.2"], ["holdout", "holdout_tail", "keep one"]),
     "wandb": (["metrics=[jsonl, wandb]"], ["wandb", "pip install wandb"]),

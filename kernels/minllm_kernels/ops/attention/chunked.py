@@ -81,17 +81,12 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, *, mask, s
     return o, jnp.moveaxis(lse, 0, 3).reshape(B, K, G, -1)[..., :T]
 
 
-def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, do, *, mask, scale, softcap):
+def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, lse, delta, do, *, mask, scale, softcap):
     B, T, N, H = q.shape
     S, K, h = k.shape[1], k.shape[2], v.shape[-1]
     G, kind = N // K, jnp.promote_types(q.dtype, jnp.float32)
     tq, ts = min(BLOCK, T), min(BLOCK, S)
-    delta = (do.astype(kind) * o.astype(kind)).sum(-1).reshape(B, T, K, G)
-    dsinks = None
-    if sinks is not None:
-        sunk = jnp.exp(per_group(sinks, K) - lse)
-        dsinks = -(sunk * delta.transpose(0, 2, 3, 1)).sum((0, 3)).reshape(N).astype(sinks.dtype)
-    q, q_pos, q_seg, do, delta = _pad(q, tq), _pad(q_pos, tq, -1), _pad(q_seg, tq), _pad(do, tq), _pad(delta, tq)
+    q, q_pos, q_seg, do, delta = _pad(q, tq), _pad(q_pos, tq, -1), _pad(q_seg, tq), _pad(do, tq), _pad(delta.transpose(0, 3, 1, 2), tq)
     lse = _pad(lse.transpose(0, 3, 1, 2), tq)
     k, v, kv_pos, kv_seg = _pad(k, ts), _pad(v, ts), _pad(kv_pos, ts, -1), _pad(kv_seg, ts)
 
@@ -125,4 +120,4 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, d
     zeros = jnp.zeros(k.shape, kind), jnp.zeros(v.shape, kind)
     (dk, dv), dq = lax.scan(queries, zeros, jnp.arange(q.shape[1] // tq))
     dq = dq.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
-    return dq, dk[:, :S].astype(k.dtype), dv[:, :S].astype(v.dtype), dsinks, None
+    return dq, dk[:, :S].astype(k.dtype), dv[:, :S].astype(v.dtype), None

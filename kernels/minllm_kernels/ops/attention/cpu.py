@@ -113,15 +113,14 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, *, mask, s
     return _either(mask, args[3:], lambda skip: lax.map(lambda a: row(skip, *a), args))
 
 
-def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, do, *, mask, scale, softcap):
+def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, lse, delta, do, *, mask, scale, softcap):
     T, N, H = q.shape[1:]
     S, K = k.shape[1:3]
     G, kind = N // K, jnp.promote_types(q.dtype, jnp.float32)
 
-    def row(skip, q, k, v, q_pos, kv_pos, q_seg, kv_seg, o, lse, do):
+    def row(skip, q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, delta, do):
         q, k, v = _heads_first(q, K), k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-        o, do = _heads_first(o, K), _heads_first(do, K)
-        delta = (do.astype(kind) * o.astype(kind)).sum(-1)
+        do = _heads_first(do, K)
         dqs, dk, dv = [], jnp.zeros(k.shape, kind), jnp.zeros(v.shape, kind)
         for t, s in _blocks(T, S, skip):
             hide = _hide(mask, q_pos[t], kv_pos[s], _part(q_seg, t), _part(kv_seg, s), G, kind)
@@ -136,9 +135,8 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, d
             dk = dk + jnp.pad(jnp.einsum("kts,kth->ksh", ds, qt, preferred_element_type=kind), behind)
             dv = dv + jnp.pad(jnp.einsum("kts,kth->ksh", p.astype(do.dtype), dot, preferred_element_type=kind), behind)
         dq = jnp.concatenate(dqs, 2).reshape(N, T, H).transpose(1, 0, 2).astype(q.dtype)
-        dsinks = None if sinks is None else -(jnp.exp(sinks.reshape(K, -1, 1) - lse) * delta).sum(-1).reshape(N)
-        return dq, dk.transpose(1, 0, 2).astype(k.dtype), dv.transpose(1, 0, 2).astype(v.dtype), dsinks
+        return dq, dk.transpose(1, 0, 2).astype(k.dtype), dv.transpose(1, 0, 2).astype(v.dtype)
 
-    args = (q, k, v, q_pos, kv_pos, q_seg, kv_seg, o, lse, do)
-    dq, dk, dv, dsinks = _either(mask, args[3:7], lambda skip: lax.map(lambda a: row(skip, *a), args))
-    return dq, dk, dv, None if dsinks is None else dsinks.sum(0).astype(sinks.dtype), None
+    args = (q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, delta, do)
+    dq, dk, dv = _either(mask, args[3:7], lambda skip: lax.map(lambda a: row(skip, *a), args))
+    return dq, dk, dv, None

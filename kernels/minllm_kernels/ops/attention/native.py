@@ -53,15 +53,8 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, *, mask, s
     return call(q, k, v, sinks, see, blocks, scale=np.float32(scale))
 
 
-def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, do, *, mask, scale, softcap):
-    B, T, N, _ = q.shape
-    K = k.shape[2]
+def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, lse, delta, do, *, mask, scale, softcap):
     see, blocks = _see(mask, q_pos, kv_pos, q_seg, kv_seg)
-    delta = (do * o).sum(-1).reshape(B, T, K, N // K).transpose(0, 2, 3, 1)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     call = jax.ffi.ffi_call("minllm_attention_backward", shapes, vmap_method="sequential")
-    dq, dk, dv = call(q, k, v, see, blocks, lse, delta, do, scale=np.float32(scale))
-    dsinks = None
-    if sinks is not None:
-        dsinks = -(jnp.exp(sinks.reshape(K, -1, 1) - lse) * delta).sum((0, 3)).reshape(N).astype(sinks.dtype)
-    return dq, dk, dv, dsinks, None
+    return *call(q, k, v, see, blocks, lse, delta, do, scale=np.float32(scale)), None

@@ -2,11 +2,13 @@
 
     s = cap tanh(q k^T scale / cap) + bias        p = exp(s - lse)        o = p v
 
-and its gradient from what the forward saves (q, k, v, o, lse), after Dao et al. 2022, arXiv 2205.14135, appendix B:
+and its gradient from what the forward saves (q, k, v, o, lse), after Dao et al. 2022, arXiv 2205.14135, appendix B, with
+delta = sum(do o) (less the gradient of lse, where lse is asked for):
 
-    dv = p^T do     dp = do v^T     ds = p (dp - sum(do o))     dq = ds k scale     dk = ds^T q scale
+    dv = p^T do     dp = do v^T     ds = p (dp - delta)     dq = ds k scale     dk = ds^T q scale
 """
 
+import jax
 import jax.numpy as jnp
 
 
@@ -27,6 +29,12 @@ def logits(q, k, q_pos, kv_pos, q_seg, kv_seg, bias, *, mask, scale, softcap):
     if q_seg is not None:
         see &= q_seg[:, :, None] == kv_seg[:, None, :]
     return jnp.where(see[:, None, None], s, -jnp.inf), slope
+
+
+def varies(x) -> frozenset:
+    """The mesh axes that an array varies over inside a shard_map."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # jax 0.12, 0.11
 
 
 def per_group(sinks, K):
@@ -55,15 +63,14 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, *, mask, s
     return o.reshape(B, T, N, v.shape[-1]).astype(q.dtype), lse
 
 
-def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, do, *, mask, scale, softcap):
-    """(dq, dk, dv, dsinks, dbias); the last two None where there is no such input."""
+def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, lse, delta, do, *, mask, scale, softcap):
+    """(dq, dk, dv, dbias), the last None where there is no bias. lse, delta "B K G T"."""
     B, T, N, H = q.shape
     K = k.shape[2]
     split = (B, T, K, N // K, -1)
     s, slope = logits(q, k, q_pos, kv_pos, q_seg, kv_seg, bias, mask=mask, scale=scale, softcap=softcap)
     p = jnp.exp(s - lse[..., None])
     do_, kind = do.reshape(split), p.dtype
-    delta = (do_.astype(kind) * o.reshape(split).astype(kind)).sum(-1).transpose(0, 2, 3, 1)  # B K G T
     dp = jnp.einsum("btkgh,bskh->bkgts", do_, v, preferred_element_type=kind)
     dropped = p
     if keep is not None:
@@ -80,7 +87,4 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, keep, o, lse, d
     ds = (ds * scale).astype(q.dtype)
     dq = jnp.einsum("bkgts,bskh->btkgh", ds, k, preferred_element_type=kind).reshape(B, T, N, H)
     dk = jnp.einsum("bkgts,btkgh->bskh", ds, q.reshape(split), preferred_element_type=kind)
-    dsinks = None
-    if sinks is not None:
-        dsinks = -(jnp.exp(per_group(sinks, K) - lse) * delta).sum((0, 3)).reshape(N).astype(sinks.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, dbias
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias

@@ -24,18 +24,18 @@ def _chunks(V, *arrays):
     return tuple(a.reshape(-1, 1, C, *a.shape[1:]) for a in rows)
 
 
-def forward(x, w, targets, *, softcap, smoothing):
+def forward(x, w, targets, *, softcap, smoothing, vocab):
     B, T, _ = x.shape
-    one = lambda part: reference.forward(part[0], w, part[1], softcap=softcap, smoothing=smoothing)
+    one = lambda part: reference.forward(part[0], w, part[1], softcap=softcap, smoothing=smoothing, vocab=vocab)
     loss, lse = lax.map(one, _chunks(w.shape[1], x, targets))
     return tuple(a.reshape(-1)[: B * T].reshape(B, T) for a in (loss, lse))
 
 
-def backward(x, w, targets, lse, dloss, dlse, *, softcap, smoothing):
+def backward(x, w, targets, lse, dloss, dlse, *, softcap, smoothing, vocab):
     B, T, D = x.shape
 
     def one(dw, part):
-        dx, more = reference.backward(part[0], w, *part[1:], softcap=softcap, smoothing=smoothing)
+        dx, more = reference.backward(part[0], w, *part[1:], softcap=softcap, smoothing=smoothing, vocab=vocab)
         return dw + more.astype(dw.dtype), dx
 
     start = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
