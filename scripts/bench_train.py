@@ -177,12 +177,12 @@ def speed(args) -> dict:
         assert same == parameters, (same, parameters)
         theirs(), ours(), theirs(), ours()
         times = []
-        for _ in range(10):
-            pair = []
-            for step in (theirs, ours):
+        for i in range(10 if changes else 30):
+            pair = [0.0, 0.0]
+            for which, step in ((0, theirs), (1, ours))[:: -1 if i % 2 else 1]:  # each goes first in every other round
                 began = time.perf_counter()
                 step()
-                pair.append(time.perf_counter() - began)
+                pair[which] = time.perf_counter() - began
             times.append(pair)
         torch, jax = (statistics.median(column) for column in zip(*times))
         ratio = statistics.median(a / b for a, b in times)

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -142,10 +143,7 @@ class Rope:
         R = int(x.shape[-1] * self.fraction)
         cos, sin = (t[:, :, None, :] for t in self.table(R, positions))
         turn, rest = x[..., :R], x[..., R:]
-        if self.pairs == "halves":
-            a, b = turn[..., : R // 2], turn[..., R // 2 :]
-        else:
-            a, b = turn[..., ::2], turn[..., 1::2]
+        a, b = jnp.split(turn, 2, -1) if self.pairs == "halves" else (turn[..., ::2], turn[..., 1::2])
         a, b = a.astype(cos.dtype), b.astype(cos.dtype)
         a, b = a * cos - b * sin, b * cos + a * sin
         turned = jnp.concatenate([a, b], -1) if self.pairs == "halves" else jnp.stack([a, b], -1).reshape(turn.shape)
@@ -158,7 +156,8 @@ class Rope:
         frequencies = self.scaling.frequencies(base, self.theta, length) if self.scaling else base
         angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         magnitude = self.scaling.magnitude(length) if self.scaling else 1.0
-        return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+        # behind a barrier, or every fusion that reads them, forward and backward, computes them again for every head
+        return jax.lax.optimization_barrier((jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude))
 
 
 @dataclass(frozen=True)
