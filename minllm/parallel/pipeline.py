@@ -210,7 +210,7 @@ def value_and_grad(model: Decoder, objective: Any, run: Execution, weights: Call
                         index = whose[i, 0, v] + j
 
                         def present(x, losses):
-                            depth = depths[i] + (index * len(layer.pattern) if d.stacked else 0)
+                            depth = depths[i] + (index * len(layer.pattern) if isinstance(layer, Stack) else 0)
                             at = ctx.replace(layer=depth)
                             if d.stacked:
                                 out = layer.apply(jax.tree.map(lambda a: a[None], own), x, at)

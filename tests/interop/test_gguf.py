@@ -20,7 +20,7 @@ from minllm.models.family import bare
 from minllm.sharding import make_mesh
 
 rng = np.random.default_rng(0)
-SHAPE = dict(D=64, layers=3, heads=4, kv_heads=2, hidden=96, vocab=300)
+SHAPE = dict(D=64, layers=3, heads=4, kv_heads=2, hidden=96, vocab=320)
 script = importlib.util.spec_from_file_location("check_gguf", Path(__file__).parents[2] / "scripts/check_gguf.py")
 check_gguf = importlib.util.module_from_spec(script)
 script.loader.exec_module(check_gguf)
@@ -109,14 +109,14 @@ def test_no_gguf_file(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_come_back(name, params, tmp_path):
-    """F32 is exact: the same model, and every parameter bitwise, but for Gemma's gains, of which the file holds 1 + g."""
+    """F32 is exact: the same model, and every parameter bitwise, but for Gemma's gains, of which the file holds 1 + g, rounded."""
     path = tmp_path / "model.gguf"
     gguf.save(path, MODELS[name], params[name])
     model, back = gguf.load(path)
     assert bare(model) == bare(MODELS[name]) == bare(gguf.describe(path))
     for (where, a), b in zip(jax.tree.leaves_with_path(back), jax.tree.leaves(params[name]), strict=True):
         gemma_gain = name.startswith("gemma") and "norm" in jax.tree_util.keystr(where)
-        assert np.abs(a - b).max() <= (2**-24 if gemma_gain else 0), where
+        assert (np.abs(a - b) <= (np.spacing(np.abs(1 + b)) / 2 if gemma_gain else 0)).all(), where
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
@@ -211,9 +211,9 @@ def texts(limit):
 @pytest.fixture(scope="module")
 def tokenizers():
     return {
-        "llama3": BPE(vocab_size=300).build(texts),
-        "gpt2": BPE(vocab_size=290, split="gpt2").build(texts),
-        "sentencepiece": SentencePiece(vocab_size=300, model_type="bpe").build(texts),
+        "llama3": BPE(vocab_size=320).build(texts),
+        "gpt2": BPE(vocab_size=310, split="gpt2").build(texts),
+        "sentencepiece": SentencePiece(vocab_size=320, model_type="bpe").build(texts),
     }
 
 
@@ -222,13 +222,13 @@ def test_tokenizers_come_back(name, tokenizers, params, tmp_path):
     live = tokenizers[name]
     gguf.save(tmp_path / "m.gguf", MODELS["llama"], params["llama"], tokenizer=live, chat_template="{{ messages }}")
     back = gguf.tokenizer(tmp_path / "m.gguf")
-    assert back.vocab_size == 300 and (back.bos, back.eos) == (live.bos, live.eos) and back.specials == live.specials
+    assert back.vocab_size == 320 and (back.bos, back.eos) == (live.bos, live.eos) and back.specials == live.specials
     for text in (TEXT, vocabulary.PROBE, "", " ", "a<eos>b"):
         assert np.array_equal(back.encode(text), live.encode(text))
         assert back.decode(back.encode(text)) == live.decode(live.encode(text))
-    assert gguf.chat_template(tmp_path / "m.gguf") == "{{ messages }}" and gguf.opening(tmp_path / "m.gguf") == ()
+    assert gguf.chat_template(tmp_path / "m.gguf") == "{{ messages }}" and gguf.opening(tmp_path / "m.gguf") == []
     reader = theirs.GGUFReader(tmp_path / "m.gguf")
-    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 300
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 320
     expected = {"llama3": "llama-bpe", "gpt2": "gpt-2", "sentencepiece": "default"}[name]
     assert reader.fields["tokenizer.ggml.pre"].contents() == expected
 
@@ -240,13 +240,13 @@ def test_a_file_without_a_vocabulary(whole):
 
 
 def test_tokenizers_that_do_not_fit(tokenizers, params, tmp_path):
-    small = models.build("llama", **{**SHAPE, "vocab": 280}, scaling=None)
-    with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 280"):
+    small = models.build("llama", **{**SHAPE, "vocab": 300}, scaling=None)
+    with pytest.raises(ValueError, match="the tokenizer has 320 tokens, the model 300"):
         gguf.save(tmp_path / "x.gguf", small, check_gguf.random_weights(small), tokenizer=tokenizers["llama3"])
     with pytest.raises(ValueError, match="a bytes tokenizer has no form in GGUF"):
         gguf.save(tmp_path / "x.gguf", MODELS["llama"], params["llama"], tokenizer=Bytes().build())
     with pytest.raises(ValueError, match="a unigram SentencePiece model has no form"):
-        vocabulary.metadata(SentencePiece(vocab_size=300).build(texts), 300)
+        vocabulary.metadata(SentencePiece(vocab_size=320).build(texts), 320)
     with pytest.raises(ValueError, match="splits text by 'falcon'"):
         vocabulary.tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "falcon"})
     with pytest.raises(ValueError, match="kind 'bert'"):
