@@ -119,7 +119,9 @@ def _of_json(live: _Json) -> dict[str, Any]:
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(live.vocab_size)]
     types = [(CONTROL if added[i]["special"] else USER_DEFINED) if i in added else NORMAL if i in by_id else UNUSED
              for i in range(live.vocab_size)]  # fmt: skip
-    return _named(live, tokens, types, merges, bool(model.get("ignore_merges")))
+    before = stored["pre_tokenizer"] or {}
+    regexes = tuple(part["pattern"].get("Regex") for part in before.get("pretokenizers", [before]) if part.get("type") == "Split")
+    return _named(live, tokens, types, merges, bool(model.get("ignore_merges")), regexes)
 
 
 def _of_ranks(live: _Ranks) -> dict[str, Any]:
@@ -137,11 +139,12 @@ def _of_ranks(live: _Ranks) -> dict[str, Any]:
     return _named(live, tokens, types, merges, True)
 
 
-def _named(live: LiveTokenizer, tokens: list[str], types: list[int], merges: list[tuple[str, str]], whole_words: bool) -> dict[str, Any]:
-    """What the file says, with the name of the split by which the probe becomes the same tokens."""
+def _named(live: LiveTokenizer, tokens: list[str], types: list[int], merges: list[tuple[str, str]], whole_words: bool,
+           regexes: tuple = ()) -> dict[str, Any]:  # fmt: skip
+    """What the file says, with the name of the split by which the probe becomes the same tokens; that of the same `regexes` first."""
     wanted = live.encode(PROBE).tolist()
-    for pre in SPLITS:
-        if whole_words == (pre in WHOLE_WORDS_FIRST):
+    for pre in sorted(SPLITS, key=lambda name: SPLITS[name] != regexes):
+        if not whole_words or pre in WHOLE_WORDS_FIRST:  # merges that were learned make of a token's text that token
             again = _Json(HuggingFace(path="tokenizer.json"), json.dumps(byte_level_json(pre, tokens, types, merges)).encode())
             if again.encode(PROBE).tolist() == wanted:
                 return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
