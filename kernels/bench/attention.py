@@ -97,7 +97,7 @@ def table(done: list[dict[str, Any]]) -> str:
         ratios += [row["tflops"] / other] if other else []
         ratio = f"{library} {other:.0f} | {row['tflops'] / other:.2f}" if other else "- | -"
         lines.append(f"| {name(row)} | {row['tflops']:.0f} | {ratio} | {row['stalled_ms']:.3f} | {row['ms']:.3f} | "
-                     + " | ".join(f"{p[slot]:.0%}" for slot in ("mxu", "push", "valu", "eup", "spill")) + " |")  # fmt: skip
+                     + " | ".join(f"{p.get(slot, 0.0):.0%}" for slot in ("mxu", "push", "valu", "eup", "spill")) + " |")  # fmt: skip
     if ratios:
         lines.append(f"\nagainst the best of JAX's: {np.exp(np.mean(np.log(ratios))):.2f} geometric mean, least {min(ratios):.2f}")
     return "\n".join(lines)

@@ -69,7 +69,8 @@ CHIPS = {
 }
 GRANULE = 32                    # bytes that a DMA's size is counted in
 DELAY = 4                       # bundles after a branch that still run
-SLOTS = {"mxu": ("MATMUL",), "push": ("MATPUSH",), "xlu": ("XLU",), "valu": ("VALU",), "pop": ("VPOP",), "eup": ("EUP",),
+# libtpu before 0.0.51 counts products and pushes of weights in one column, MXU.
+SLOTS = {"mxu": ("MATMUL", "MXU"), "push": ("MATPUSH",), "xlu": ("XLU",), "valu": ("VALU",), "pop": ("VPOP",), "eup": ("EUP",),
          "load": ("VLOAD",), "fill": ("VLOAD:FILL",), "store": ("VSTORE",), "spill": ("VSTORE:SPILL",), "scalar": ("SALU",)}
 
 
@@ -224,7 +225,7 @@ class Profile:
                     use = {slot: b.used[slot] / (b.bundles * n) for slot, n in p.capacity.items()}
                     use |= {"spill": b.used["spill"] / max(b.used["store"], 1), "fill": b.used["fill"] / max(b.used["load"], 1)}
                     lines.append(f"  {f'{b.start:#x}: {b.bundles} bundles x {b.runs}':46} {percent(b.cycles / p.cycles)} of cycles"
-                                 f"{'':16} " + " ".join(f"{percent(use[slot]):>6}" for slot in SLOTS))
+                                 f"{'':16} " + " ".join(f"{percent(use.get(slot, 0.0)):>6}" for slot in SLOTS))
         lines += [f"assumed: {text}" for text in self.assumed]
         return "\n".join(lines)
 
@@ -610,12 +611,12 @@ def run(
     known. prefetched: allocation -> operand that stands in it. core_index: the allocations that hold the core's number."""
     code = Code(text)
     functions, lengths = code.functions()
-    header = next(line for line in usage.splitlines() if line.startswith("MATMUL"))
+    header = next(line for line in usage.splitlines() if line.startswith(SLOTS["mxu"]))
     columns = [column.strip() for column in header.split(",")]
     rows = [tuple(map(int, line.split())) for line in usage.splitlines() if re.fullmatch(r"[\d ]+", line.strip() or "x")]
     capacity, rows = rows[0], rows[1:]
     assert len(rows) == len(code.bundles), f"{name}: {len(rows)} rows of use for {len(code.bundles)} bundles"
-    place = {slot: columns.index(label[0]) for slot, label in SLOTS.items() if label[0] in columns}
+    place = {slot: columns.index(label) for slot, labels in SLOTS.items() for label in labels if label in columns}
     used = {start: {slot: sum(row[c] for row in rows[start : start + n]) for slot, c in place.items()} for start, n in lengths.items()}
     unknown = {at: f"{'loop' if to <= at else 'if'}" for at, to in code.branches.items()}
     slowest: Program | None = None
@@ -707,7 +708,7 @@ def known_operands(fn: Callable, args: Sequence[Any]) -> list[tuple[str, list[An
                 outs = list(result) if eqn.primitive.multiple_results else [result]
             elif eqn.primitive.name == "pallas_call":
                 info = eqn.params.get("name_and_src_info")
-                calls.append((getattr(info, "name", None) or eqn.params.get("name", ""), ins))
+                calls.append((getattr(info, "name", None) or eqn.params.get("name") or "", ins))
             elif eqn.primitive.name == "cond":
                 index, *rest = ins
                 branches = eqn.params["branches"]
