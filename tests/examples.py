@@ -109,7 +109,8 @@ EXAMPLES = {
     "moe_gpt_oss": Example(MoE(Router(4, 2, bias=True), GLU(24, Swish(1.702), bias=True, limit=7.0, shift=1.0))),
     "moe_capacity": Example(MoE(Router(4, 2), MLP(24, bias=True), capacity=0.75),
                             splits="tokens queue with those before them in the call", packs="documents of a row share the room"),
-    "moe_capacity_rows": Example(MoE(Router(4, 1), GLU(24), capacity=0.75, group=2), rows_independent="rows of a group share the room",
+    "moe_capacity_rows": Example(MoE(Router(4, 1, renormalize=False), GLU(24), capacity=0.75, group=2),
+                                 rows_independent="rows of a group share the room",
                                  splits="tokens queue with those before them in the call", packs="documents of a row share the room"),
     # attention
     "mha": Example(attention(kv_heads=4, bias=True, out_bias=True)),

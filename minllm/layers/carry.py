@@ -13,10 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minllm.layer import Context, Execution
+from minllm.layer import Context, Execution, Layer
 from minllm.sharding import local
 from minllm.spec import Spec, Tree
 from minllm_kernels import causal_conv, selective_scan
+
+
+class Recurrent(Layer):
+    """A layer that reads its tokens one after the other."""
+
+    any_order = False
 
 
 def conv_cache(B: int, width: int, dims: tuple[int, ...], axes: str, dtype: Any) -> Tree:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
-from minllm.layer import Context, Layer, Out
-from minllm.layers.carry import conv_cache, convolve, resume
+from minllm.layer import Context, Out
+from minllm.layers.carry import Recurrent, conv_cache, convolve, resume
 from minllm.layers.mlp import Activation, silu
 from minllm.spec import Normal, Spec
 
 
 @dataclass(frozen=True)
-class ShortConv(Layer):
+class ShortConv(Recurrent):
     width: int = 4
     act: Activation = silu
 

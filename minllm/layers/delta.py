@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minllm.layer import Context, Layer, Out
-from minllm.layers.carry import conv_cache, convolve, memory_cache, remember, resume
+from minllm.layer import Context, Out
+from minllm.layers.carry import Recurrent, conv_cache, convolve, memory_cache, remember, resume
 from minllm.layers.norm import rms_norm
 from minllm.layers.ssm import LogUniform, StepBias
 from minllm.sharding import constrain
@@ -32,7 +32,7 @@ def unit(x: Float[Array, "*dims H"], eps: float = 1e-6) -> Float[Array, "*dims H
 
 
 @dataclass(frozen=True)
-class DeltaNet(Layer):
+class DeltaNet(Recurrent):
     """kv_heads: of queries and keys; heads / kv_heads value heads share one (Qwen3-Next: 2). value_dim: of a head; None: head_dim.
 
     negative: b_t = 2 sigmoid(.), so that the memory's eigenvalues reach down to -1 (Grazzi et al. 2024, arXiv 2411.12537).

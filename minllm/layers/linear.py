@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minllm.layer import Context, Layer, Out
-from minllm.layers.carry import memory_cache, remember, resume
+from minllm.layer import Context, Out
+from minllm.layers.carry import Recurrent, memory_cache, remember, resume
 from minllm.layers.feature import Elu, Feature
 from minllm.layers.norm import rms_norm
 from minllm.layers.position import Rope
@@ -30,7 +30,7 @@ HEADS = "batch seq act_heads _"
 
 
 @dataclass(frozen=True)
-class LinearAttention(Layer):
+class LinearAttention(Recurrent):
     heads: int
     head_dim: int
     feature: Feature = Elu()
@@ -57,7 +57,7 @@ class LinearAttention(Layer):
 
 
 @dataclass(frozen=True)
-class Retention(Layer):
+class Retention(Recurrent):
     """position: the rotation of RetNet's eq. 5. value_dim: of a head, twice head_dim in the paper."""
 
     heads: int
@@ -88,7 +88,7 @@ class Retention(Layer):
 
 
 @dataclass(frozen=True)
-class Lightning(Layer):
+class Lightning(Recurrent):
     """fade: multiplies the slopes; MiniMax-01 lets it fall from 1 in the first layer to 0 in the last."""
 
     heads: int
@@ -118,7 +118,7 @@ class Lightning(Layer):
 
 
 @dataclass(frozen=True)
-class GatedLinearAttention(Layer):
+class GatedLinearAttention(Recurrent):
     """per_channel: one decay a channel of k, through a low rank; or one a head ("simple GLA").
 
     slowness: a = sigmoid(.)^(1/slowness), so larger forgets more slowly (paper: 16).

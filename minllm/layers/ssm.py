@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minllm.layer import Context, Layer, Out
-from minllm.layers.carry import conv_cache, convolve, memory_cache, remember, resume, scan
+from minllm.layer import Context, Out
+from minllm.layers.carry import Recurrent, conv_cache, convolve, memory_cache, remember, resume, scan
 from minllm.layers.norm import rms_norm
 from minllm.sharding import constrain
 from minllm.spec import FanIn, Init, Normal, Ones, Spec
@@ -56,7 +56,7 @@ class LogCount:
 
 
 @dataclass(frozen=True)
-class Mamba(Layer):
+class Mamba(Recurrent):
     """inner: channels F; state: numbers of state S a channel; rank: of the step's map; conv: the width of the convolution."""
 
     inner: int
@@ -95,7 +95,7 @@ class Mamba(Layer):
 
 
 @dataclass(frozen=True)
-class Mamba2(Layer):
+class Mamba2(Recurrent):
     """heads of head_dim channels with a state of head_dim x state each; heads / groups of them share B and C."""
 
     heads: int

@@ -138,7 +138,9 @@ def test_law_5_batch(name):
         apply = jax.jit(lambda x, pos: ex.apply(p, x, positions=pos).x)
         alone = apply(x, jnp.stack([positions[0], positions[0]]))[0, :8]
         assert bool((apply(x, positions)[0, :8] == alone).all())
-        assert bool((apply(x.at[1].set(ex.inputs(B, T, seed=7)[1]), positions)[0, :8] == alone).all())
+        other = ex.inputs(B, T, seed=7)
+        assert bool((apply(x.at[1].set(other[1]), positions)[0, :8] == alone).all())
+        assert bool((apply(x.at[0].set(other[0]), positions)[1] == apply(x, positions)[1]).all())
 
     holds(ex.rows_independent, check)
 
