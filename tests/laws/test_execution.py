@@ -22,9 +22,11 @@ MESHES = {
 }  # fmt: skip
 
 
-def value_and_grad(ex, run, with_key=True):
+def value_and_grad(ex, run, with_key=True, dtype=jnp.float32):
     p, x = ex.params(), ex.inputs(B, T)
-    direction = jax.random.normal(jax.random.key(3), (B, T, ex.layer.vocab if isinstance(ex.layer, Decoder) else x.shape[-1]))
+    width = ex.layer.vocab if isinstance(ex.layer, Decoder) else x.shape[-1]
+    direction = jax.random.normal(jax.random.key(3), (B, T, width), jnp.float32)
+    p, x, direction = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, (p, x, direction))
     segments = jnp.broadcast_to((jnp.arange(T) >= 6) + 1, (B, T))
     if run.mesh is not None:
         p = jax.tree.map(jax.device_put, p, shardings(ex.specs, run.mesh, run.rules))
@@ -39,11 +41,21 @@ def value_and_grad(ex, run, with_key=True):
     return y, grads
 
 
-def agree(ours, base):
-    """1e-5 of the largest entry: float32 sums in another order."""
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(base), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(b).max(), 1.0), np.abs(a - b).max() / np.abs(b).max()
+def agree(ours, base, name=None):
+    """1e-5 of the largest entry: float32 sums in another order. Where that is less than the rounding of the layer itself, as far from the
+    example `name` in float64 as twice the unsharded layer is."""
+    distance = lambda a, b: np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
+    largest = [max(np.abs(np.asarray(b, np.float64)).max(), 1.0) for b in jax.tree.leaves(base)]
+    pairs = [*zip(jax.tree.leaves(ours), jax.tree.leaves(base), largest, strict=True)]
+    if name is None or all(distance(a, b) <= 1e-5 * size for a, b, size in pairs):
+        assert all(distance(a, b) <= 1e-5 * size for a, b, size in pairs), max(distance(a, b) / size for a, b, size in pairs)
+        return
+    with jax.enable_x64(True):
+        exact = value_and_grad(EXAMPLES[name], Execution(kernels="reference"), dtype=jnp.float64)
+    assert {e.dtype for e in jax.tree.leaves(exact)} == {jnp.dtype("float64")}
+    sharded, own = (max(distance(pair[i], e) / pair[2] for pair, e in zip(pairs, jax.tree.leaves(exact), strict=True)) for i in (0, 1))
+    assert own <= 1e-3, "the layer in float32 is not the layer in float64"
+    assert sharded <= 2 * own, (sharded, own)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +72,7 @@ def base():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_layer_on_the_mixed_mesh(name, base):
-    agree(value_and_grad(EXAMPLES[name], Execution(mesh=make_mesh(**MESHES["mixed"]))), base(name))
+    agree(value_and_grad(EXAMPLES[name], Execution(mesh=make_mesh(**MESHES["mixed"]))), base(name), name)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -69,8 +81,11 @@ def test_llama_on_every_mesh(mesh, base):
     agree(value_and_grad(EXAMPLES["llama_tied_dropout"], Execution(mesh=make_mesh(**MESHES[mesh]))), base("llama_tied_dropout"))
 
 
-@pytest.mark.parametrize("name", ["llama_tied_dropout", "gemma_like", "mqa"])
-@pytest.mark.parametrize("mesh", ["context", "mixed", "fsdp_context"])
+ACROSS = {(name, mesh) for name in ("llama_tied_dropout", "gemma_like", "mqa") for mesh in ("context", "mixed", "fsdp_context")}
+SOME = {("llama_tied_dropout", "mixed"), ("gemma_like", "context"), ("mqa", "fsdp_context")}
+
+
+@pytest.mark.parametrize("name, mesh", [pytest.param(*case, marks=() if case in SOME else pytest.mark.nightly) for case in sorted(ACROSS)])
 @pytest.mark.parametrize("context", ["ring", "ulysses"])
 def test_queries_meet_the_keys_of_other_devices(name, mesh, context, base):
     """K11, V07. Windows, soft caps, segments, dropout of the probabilities, fewer kv heads than devices."""
@@ -82,7 +97,8 @@ def test_llama_under_every_rules(rules, base):
     agree(value_and_grad(EXAMPLES["llama"], Execution(mesh=make_mesh(data=2, fsdp=2, tensor=2), rules=rules)), base("llama"))
 
 
-@pytest.mark.parametrize("name", ["stack", "local_global_stack", "llama_tied_dropout", "gemma_like"])
+@pytest.mark.parametrize("name", ["llama_tied_dropout", *(pytest.param(name, marks=pytest.mark.nightly) for name in
+                                                          ("stack", "local_global_stack", "gemma_like"))])
 @pytest.mark.parametrize("change", [dict(scan=False), dict(remat="full"), dict(remat="layer"), dict(remat="dots"),
                                     dict(scan=False, remat="full"), dict(kernels="reference")], ids=str)  # fmt: skip
 def test_remat_scan_and_kernels(name, change, base):
@@ -93,7 +109,7 @@ def test_remat_scan_and_kernels(name, change, base):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_layer_on_every_mesh(name, mesh, base):
-    agree(value_and_grad(EXAMPLES[name], Execution(mesh=make_mesh(**MESHES[mesh]))), base(name))
+    agree(value_and_grad(EXAMPLES[name], Execution(mesh=make_mesh(**MESHES[mesh]))), base(name), name)
 
 
 def test_weights_are_really_sharded():
