@@ -170,7 +170,7 @@ EXAMPLES = {
     # depth
     "stack": Example(Stack((PreNorm(attention(dropout=0.1)), PreNorm(GLU(48))), 3)),
     "local_global_stack": Example(Stack((PreNorm(attention(window=4)), PreNorm(GLU(48)), PreNorm(attention()), PreNorm(GLU(48))), 2)),
-    "hybrid_stack": Example(Stack((*(PreNorm(GatedDeltaNet(4, 2, 8)),) * 3, PreNorm(attention())), 2)),
+    "hybrid_stack": Example(Stack((PreNorm(GatedDeltaNet(4, 2, 8)), PreNorm(attention())), 2)),
     # models
     "llama": Example(llama3(D=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=64)),
     "llama_tied_dropout": Example(llama3(D=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=64, tied=True, dropout=0.1)),

@@ -43,7 +43,7 @@ def value_and_grad(ex, run, with_key=True, dtype=jnp.float32):
 
 def agree(ours, base, name=None):
     """1e-5 of the largest entry: float32 sums in another order. Where that is less than the rounding of the layer itself, as far from the
-    example `name` in float64 as twice the unsharded layer is."""
+    example `name` in float64 as twice the unsharded layer is, in its three forms."""
     distance = lambda a, b: np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
     largest = [max(np.abs(np.asarray(b, np.float64)).max(), 1.0) for b in jax.tree.leaves(base)]
     pairs = [*zip(jax.tree.leaves(ours), jax.tree.leaves(base), largest, strict=True)]
@@ -53,7 +53,9 @@ def agree(ours, base, name=None):
     with jax.enable_x64(True):
         exact = value_and_grad(EXAMPLES[name], Execution(kernels="reference"), dtype=jnp.float64)
     assert {e.dtype for e in jax.tree.leaves(exact)} == {jnp.dtype("float64")}
-    sharded, own = (max(distance(pair[i], e) / pair[2] for pair, e in zip(pairs, jax.tree.leaves(exact), strict=True)) for i in (0, 1))
+    error = lambda found: max(distance(*pair) / size for *pair, size in zip(jax.tree.leaves(found), jax.tree.leaves(exact), largest))
+    forms = Execution(kernels="reference"), Execution(scan=False)
+    sharded, own = error(ours), max(error(base), *(error(value_and_grad(EXAMPLES[name], run)) for run in forms))
     assert own <= 1e-3, "the layer in float32 is not the layer in float64"
     assert sharded <= 2 * own, (sharded, own)
 
