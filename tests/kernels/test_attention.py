@@ -43,6 +43,7 @@ SEES = {
     Causal() & Strided(8, 2): lambda q, k: k <= q and (k % 8 >= 6 or q // 8 == k // 8),
     Causal() & Chunk(10): lambda q, k: k <= q and q // 10 == k // 10,
 }
+WIDER = {Causal() & Window(n): lambda q, k, n=n: q - n < k <= q for n in (140, 150)}  # than a tile of the TPU's tests
 IMPLS = ("reference", "xla", "cpu")
 DIFFERENTIABLE = ("q", "k", "v", "sinks", "bias")
 
@@ -101,7 +102,7 @@ class Case:
 
     @cached_property
     def see(self):
-        x, rule = self.inputs, SEES[self.mask]
+        x, rule = self.inputs, (SEES | WIDER)[self.mask]
         table = np.zeros((2, self.T, self.S or self.T), bool)
         for b, t, s in np.ndindex(table.shape):
             q, k = int(x["q_pos"][b, t]), int(x["kv_pos"][b, s])
@@ -278,15 +279,19 @@ def small_tiles(monkeypatch):
 
 
 def check_tpu(case, impl="tpu"):
-    """Value and each gradient by the rule of the test above."""
+    """Value and each gradient by the rule of the test above. In float32 both are near the last bit, where the largest of a few errors is
+    chance: there it is the largest of value and gradients together, of torch's forms and the op's own reference."""
     case_of = torch.bfloat16 if case.half else torch.float32
     kind = jnp.bfloat16 if case.half else jnp.float32
-    one, rms = float(jnp.finfo(kind).eps), lambda e: np.sqrt(np.mean(e**2))
+    one, rms, largest = float(jnp.finfo(kind).eps), lambda e: np.sqrt(np.mean(e**2)), lambda x: max(np.abs(x).max(), 1)
     ours, exact = case.ours(kind, impl), case.torch(torch.float64, naive)
     same = case.torch(case_of, naive)[0], case.torch(case_of, saving_lse)[1]
-    for (what, a, x), (_, b, _) in zip(pairs(ours, exact), pairs(same, exact)):
-        assert np.abs(a - x).max() <= 2 * np.abs(b - x).max() + one * max(np.abs(x).max(), 1), what
-        assert rms(a - x) <= 2 * rms(b - x) + (one / 2 * rms(x) if what == "sinks" else 0), what
+    others = [same] if case.half else [same, case.ours(kind, "reference")]
+    found = [(what, a - x, [b - x for _, b, _ in b], x) for (what, a, x), *b in zip(*(pairs(other, exact) for other in (ours, *others)))]
+    chance = 0 if case.half else max(np.abs(b).max() / largest(x) for _, _, b, x in found)
+    for what, a, b, x in found:
+        assert np.abs(a).max() <= 2 * max(np.abs(b).max(), chance * largest(x)) + one * largest(x), what
+        assert rms(a) <= 2 * max(map(rms, b)) + (one / 2 * rms(x) if what == "sinks" else 0), what
 
 
 TPU_CASES = {

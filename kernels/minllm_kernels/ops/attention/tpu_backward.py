@@ -18,13 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from minllm_kernels.ops.attention import tiles
-from minllm_kernels.ops.attention.tpu_forward import HIDDEN, LOG2E, NN, NT, dot, runs, sees
+from minllm_kernels.ops.attention.tpu_forward import HIDDEN, NN, NT, base, dot, runs, sees
 
 
 def tile(ref, pattern, shape, hidden, place, *, mask, scale, softcap, longest=512):
     """One tile, unrolled for a pattern of granules. While the three sums of one group of keys are formed, the probabilities of the next
     are put down in the other of two buffers."""
     shift = lambda x: pl.ds(pl.multiple_of(x.start + hidden, 128), x.size)
+    power, _, unit = base(ref["q"].dtype)
     columns = [(pl.ds(c * shape.keys, shape.keys), runs(kinds, shape.rows, longest)) for c, kinds in enumerate(zip(*pattern)) if any(kinds)]
 
     def probabilities(g, kind, rows):
@@ -33,15 +34,15 @@ def tile(ref, pattern, shape, hidden, place, *, mask, scale, softcap, longest=51
         s = dot(ref["k"][0, 0, keys], ref["q"][0, 0, rows], NT)
         slope = None
         if softcap is None:
-            s = s * (scale * LOG2E)
+            s = s * (scale * unit)
         else:
             t = jnp.tanh(s * (scale / softcap))
-            s, slope = t * (softcap * LOG2E), 1 - t * t
+            s, slope = t * (softcap * unit), 1 - t * t
         if "bias" in ref:
-            s = s + ref["bias"][0, 0, keys, rows].astype(jnp.float32) * LOG2E
+            s = s + ref["bias"][0, 0, keys, rows].astype(jnp.float32) * unit
         if kind == tiles.MASKED:
             s = jnp.where(sees(mask, ref, keys, rows), s, HIDDEN)
-        p = jnp.exp2(s - ref["lse"][0, 0, :, rows] * LOG2E)
+        p = power(s - ref["lse"][0, 0, :, rows] * unit)
         dp = dot(ref["v"][0, 0, keys], ref["do"][0, 0, rows], NT)
         ds = p * (dp - ref["delta"][0, 0, :, rows])
         if "dbias" in ref:

@@ -28,6 +28,12 @@ HIDDEN = -2e38  # a score that the mask hides: below LOWEST, so that its probabi
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
 
+def base(dtype):
+    """(power, logarithm, what turns a score into an exponent of it). The unit computes powers of two; in float32 a score times log2(e) is
+    rounded by more than all the rest."""
+    return (jnp.exp, jnp.log, 1.0) if dtype == jnp.float32 else (jnp.exp2, jnp.log2, LOG2E)
+
+
 def dot(a, b, dims):
     """float32 products of float32 operands need all their bits; the matrix unit takes bfloat16 else."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -74,6 +80,7 @@ def runs(kinds, size, longest):
 def tile(ref, pattern, shape, hidden, *, mask, scale, softcap, longest=512):
     """One tile, unrolled for a pattern of granules."""
     shift = lambda rows: pl.ds(pl.multiple_of(rows.start + hidden, 128), rows.size)
+    power, _, unit = base(ref["q"].dtype)
     local = shift(pl.ds(0, shape.rows))
     groups = [(pl.ds(r * shape.rows, shape.rows), runs(kinds, shape.keys, longest)) for r, kinds in enumerate(pattern) if any(kinds)]
 
@@ -82,11 +89,11 @@ def tile(ref, pattern, shape, hidden, *, mask, scale, softcap, longest=512):
         rows = groups[g][0]
         s = dot(ref["k"][0, 0, keys], ref["q"][0, 0, rows], NT)
         if softcap is None:
-            s = s * (scale * LOG2E)
+            s = s * (scale * unit)
         else:
-            s = jnp.tanh(s * (scale / softcap)) * (softcap * LOG2E)
+            s = jnp.tanh(s * (scale / softcap)) * (softcap * unit)
         if "bias" in ref:
-            s = s + ref["bias"][0, 0, keys, rows].astype(jnp.float32) * LOG2E
+            s = s + ref["bias"][0, 0, keys, rows].astype(jnp.float32) * unit
         if kind == tiles.MASKED:
             s = jnp.where(sees(mask, ref, keys, rows), s, HIDDEN)
         ref[f"s{g % 2}"][keys, local] = s
@@ -97,7 +104,7 @@ def tile(ref, pattern, shape, hidden, *, mask, scale, softcap, longest=512):
         rows = shift(groups[g][0])
         old = ref["m"][:, rows]
         new = jnp.maximum(old, jnp.max(functools.reduce(jnp.maximum, tops), axis=0, keepdims=True))
-        shrink = jnp.exp2(old - new)
+        shrink = power(old - new)
         ref["m"][:, rows] = new
         ref["l"][:, rows] = ref["l"][:, rows] * shrink
         acc = ref["acc"][:, rows]
@@ -106,7 +113,7 @@ def tile(ref, pattern, shape, hidden, *, mask, scale, softcap, longest=512):
     def probability(g, keys):
         rows = shift(groups[g][0])
         s = ref[f"s{g % 2}"][keys, local]
-        p = jnp.exp2(s.reshape(-1, 8, shape.rows) - ref["m"][:, rows][None]).reshape(s.shape)
+        p = power(s.reshape(-1, 8, shape.rows) - ref["m"][:, rows][None]).reshape(s.shape)
         ref["l"][:, rows] = ref["l"][:, rows] + by_sublane(p, jnp.sum)
         return p.astype(ref["v"].dtype)
 
@@ -169,7 +176,7 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, plan, *, shape, 
                 ref["m"][...] = jnp.full_like(ref["m"], LOWEST)
                 ref["l"][...] = jnp.zeros_like(ref["l"])
             else:  # a key of value zero; the eight sublanes sum to one
-                ref["m"][...] = jnp.full_like(ref["m"], sink[pl.program_id(0)] * LOG2E)
+                ref["m"][...] = jnp.full_like(ref["m"], sink[pl.program_id(0)] * base(q.dtype)[2])
                 ref["l"][...] = jnp.full_like(ref["l"], 1 / 8)
 
         run = functools.partial(tile, ref, shape=shape, hidden=hidden, mask=mask, scale=scale, softcap=softcap)
@@ -184,8 +191,10 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks, bias, plan, *, shape, 
         def _():
             total = ref["l"][...].sum(0, keepdims=True)
             some = total > 0
-            ref["o"][0, 0] = (ref["acc"][...] * jnp.where(some, 1 / jnp.where(some, total, 1), 0)).astype(ref["o"].dtype)
-            lse = (ref["m"][0:1] + jnp.log2(jnp.where(some, total, 1))) / LOG2E
+            whole = jnp.where(some, total, 1)
+            ref["o"][0, 0] = (ref["acc"][...] * jnp.where(some, 1 / whole, 0)).astype(ref["o"].dtype)
+            _, log, unit = base(q.dtype)
+            lse = (ref["m"][0:1] + log(whole)) / unit
             ref["lse"][0, 0] = jnp.where(some, lse, jnp.inf)
 
     out = lambda size, dtype: (
