@@ -121,7 +121,7 @@ def test_law_9_compiles_for_every_shape(topology, shape):
 def test_visits_cover_every_row_once():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        E, M, tm = rng.integers(1, 9), rng.integers(1, 200), int(rng.choice([8, 16, 64]))
+        E, M, tm = int(rng.integers(1, 9)), int(rng.integers(1, 200)), int(rng.choice([8, 16, 64]))
         cuts = np.sort(rng.integers(0, M + 1, E))
         sizes = np.diff(cuts, prepend=0)
         group, tile, starts, total = (np.asarray(a) for a in tpu.visits(jnp.asarray(sizes), M, tm, rest=True))
