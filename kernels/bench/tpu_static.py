@@ -402,7 +402,7 @@ ARITHMETIC = {
     "smulhi.u32": "word(unsigned({0}) * unsigned({1}) >> 32)", "smulhi.s32": "{0} * {1} >> 32",
     "sshll.u32": "word({0} << {1})", "sshra.s32": "{0} >> {1}", "sshrl.u32": "unsigned({0}) >> {1}",
     "sand.u32": "{0} & {1}", "sor.u32": "{0} | {1}", "sxor.u32": "{0} ^ {1}",
-    "smov.u32": "{0}", "smov.f32": "{0}", "pmov": "{0}", "sadd.u32": "word({0} + {1})", "ssub.u32": "word({0} - {1})",
+    "smov": "{0}", "smov.u32": "{0}", "smov.f32": "{0}", "pmov": "{0}", "sadd.u32": "word({0} + {1})", "ssub.u32": "word({0} - {1})",
     "por": "{0} | {1}", "pand": "{0} & {1}", "pnand": "({0} & {1}) ^ True",
     "pnor": "({0} | {1}) ^ True", "pxor": "{0} ^ {1}", "pneg": "{0} ^ True",
     "scalar_select": "pick({0}, {1}, {2})",
