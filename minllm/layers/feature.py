@@ -74,7 +74,9 @@ class Orthogonal:
         *heads, M, H = spec.shape
         turn, length = jax.random.split(key)
         blocks = jax.random.normal(turn, (*heads, -(-M // H), H, H), jnp.float32)
-        rows = jnp.linalg.qr(blocks)[0].reshape(*heads, -1, H)[..., :M, :]
+        Q, R = jnp.linalg.qr(blocks)
+        # the signs of R make Q uniform over all rotations (Mezzadri 2007, arXiv math-ph/0609050); as QR leaves it, it leans to one side
+        rows = (Q * jnp.sign(jnp.diagonal(R, axis1=-2, axis2=-1))[..., None, :]).reshape(*heads, -1, H)[..., :M, :]
         return (rows * jnp.linalg.norm(jax.random.normal(length, spec.shape, jnp.float32), axis=-1, keepdims=True)).astype(dtype)
 
 

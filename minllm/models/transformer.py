@@ -142,7 +142,7 @@ def gathered(tables: Tree, run: Execution) -> Tree:
     return jax.tree.map(one, tables, is_leaf=lambda w: not isinstance(w, dict))
 
 
-def _inside[L: Layer](layer: Any, kind: type[L]) -> Iterator[L]:
+def _inside[L](layer: Any, kind: type[L]) -> Iterator[L]:
     """Every layer of a kind inside a layer, as often as it runs."""
     if isinstance(layer, kind):
         yield layer

@@ -37,6 +37,9 @@ RUNS = {
 }
 
 
+QUICK = ("fsdp", "fsdp x tensor")  # of the default suite; the others are nightly
+
+
 @pytest.fixture
 def no_cache():
     """A program from the cache is not compiled, and so not dumped."""

@@ -63,7 +63,7 @@ def test_packed_documents(pair):
     apply = jax.jit(model.apply)
     out = np.asarray(apply(params, x, Context(segments=jnp.asarray(segments, jnp.int32))).x[0])
     with torch.no_grad():
-        theirs = pair.theirs(torch.tensor(x), position_ids=torch.tensor(positions)).logits[0].numpy()
+        theirs = pair.theirs(torch.tensor(x), position_ids=torch.tensor(positions), use_cache=False).logits[0].numpy()
     assert np.abs(out - theirs).max() <= 1e-5
     apart = [np.asarray(apply(params, part, Context()).x[0]) for part in np.split(x, np.cumsum(lengths)[:-1], 1)]
     assert np.abs(out - np.concatenate(apart)).max() <= 1e-5

@@ -59,7 +59,7 @@ def test_mini_is_a_mini_llama():
 @pytest.mark.parametrize("args, message", [
     (dict(family="lama"), "'lama' is no model family; did you mean 'llama'"),
     (dict(family="llama", preset="mimi"), "'mimi' is no llama preset; did you mean 'mini'"),
-    (dict(family="llama", preset="9b"), "'9b' is no llama preset; did you mean '"),
+    (dict(family="llama", preset="9"), "'9' is no llama preset; choose from 8b, 70b, 405b"),
     (dict(family="llama", layer=3), "'layer' is no argument of llama; did you mean 'layers'"),
     (dict(family="llama", D=64, heads=4, kv_heads=3), "4 heads for 3 kv_heads"),
     (dict(family="gpt2", D=64, heads=5), "a width D of 64 does not divide into 5 heads"),
