@@ -33,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --prompt, or --chat for a conversation")
 
     from minllm import pretrained  # what answers --help does not wait for JAX
+    from minllm.config import load
     from minllm.sample import Sampler
     from minllm.weights import unstack
 
     try:
-        sampler = Sampler(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+        asked = [f"{name}={value}" for name in ("temperature", "top_k", "top_p", "min_p") if (value := getattr(args, name)) is not None]
+        sampler = load(Sampler, None, asked).value
         began = time.monotonic()
         template = pretrained.chat_template(args.model) if args.chat else None
         if args.chat and template is None:

@@ -216,7 +216,7 @@ def test_run_brings_a_changed_environment_up_to_date(machine):
     with open(machine.clone / "constraints.txt", "a") as file:
         file.write("novelty==1.0\n")
     calls = machine.run("train")[2]
-    assert len(calls) == 4
+    assert len(calls) == 5
     assert calls[1].endswith("[cpu,test]"), "an update keeps the tests"
     assert machine.run("train", MINLLM_ACCELERATOR="gpu")[2][1].endswith("[gpu,test]")
 

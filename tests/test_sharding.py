@@ -82,7 +82,7 @@ def test_impossible_partitions(rules, axes, shape, message):
 
 def test_presets_say_what_their_names_say():
     sharded = lambda rules: {f.name for f in fields(rules) if getattr(rules, f.name)}
-    assert sharded(Rules()) == set() and sharded(DDP) == {"batch"} and sharded(FSDP) == {"batch", "embed"}
+    assert sharded(Rules()) == set() and sharded(DDP) == {"batch"} and sharded(FSDP) == {"batch", "embed", "expert_embed"}
     assert {"heads", "mlp", "vocab", "act_heads"} <= sharded(TP) and "embed" not in sharded(TP)
     assert sharded(FSDP) | sharded(TP) == sharded(FSDP_TP) < sharded(ALL)
     assert hash(ALL) == hash(Rules(**vars(ALL)))
