@@ -127,7 +127,7 @@ def arguments(model: T5) -> dict:
     before, after = model.encoder.trunk[0], model.decoder.trunk[0]
     assert isinstance(before, Stack) and isinstance(after, Stack)
     own, _, glu = (layer.inner for layer in after.pattern if isinstance(layer, PreNorm))
-    assert isinstance(own, Attention) and isinstance(glu, GLU | MLP)
+    assert isinstance(own, Attention) and isinstance(own.relative, Buckets) and isinstance(glu, GLU | MLP)
     said = {f.name: getattr(model, f.name) for f in fields(model)} | {"heads": own.heads, "head_dim": own.head_dim, "hidden": glu.hidden}
     depth = {"layers": before.times, "decoder_layers": after.times}
     table = {"buckets": own.relative.buckets, "longest": own.relative.longest}
