@@ -230,8 +230,8 @@ def logits_of(model, params) -> Callable[[list[int]], np.ndarray]:
 
 
 def compared(name: str, question: dict, ours: Callable[[list[int]], np.ndarray], theirs: dict) -> dict:
-    """One row of the result, and whether it passes: in F32 logits to 1e-4 and all tokens; in blocks, where llama.cpp rounds activations
-    to 8 bits, the loss to 0.03 nats.
+    """One row of the result, and whether it passes: in F32 logits to 1e-4 and all tokens (Gemma's to 1e-3: llama.cpp looks GELU up in a
+    table of half precision); in blocks, where llama.cpp rounds activations to 8 bits, the loss to 1 %.
 
     Ours reads llama.cpp's whole continuation at once: where its likeliest token is theirs at every step, its own continuation is the same.
     """
@@ -254,9 +254,10 @@ def compared(name: str, question: dict, ours: Callable[[list[int]], np.ndarray],
         "smallest lead of a greedy token": round(float((ranked[:, -1] - ranked[:, -2]).min()), 5) if count else None,
     }
     exact, same_ids = ", F32" in name, theirs.get("ids", question["tokens"]) == question["tokens"]
+    limit = 1e-3 if "gemma" in name else 1e-4
     if "ids" in theirs:
         row["text to the same ids"] = same_ids
-    row["passed"] = same_ids and (error <= 1e-4 * largest and agree == count if exact else abs(theirs["loss"] - loss) <= 0.03)
+    row["passed"] = same_ids and (error <= limit * largest and agree == count if exact else abs(theirs["loss"] - loss) <= 0.01 * loss)
     print(f"{name:44} loss {theirs['loss']:.4f} {loss:.4f}   last logits {error:.1e} of {largest:.1f}   greedy {agree} of {count}   "
           f"{'passed' if row['passed'] else 'FAILED'}", flush=True)  # fmt: skip
     return row
