@@ -198,7 +198,8 @@ def restore(folder: epath.PathLike, abstract: Tree, step: int | None = None, und
         sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         item[prefix + name] = leaf
         how[prefix + name] = ocp.ArrayRestoreArgs(sharding=sharding)
-    read = handler.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
+    args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    read = handler.restore(path / "state", args=args) if wanted else {}  # orbax does not read nothing
     for name, impl in note["keys"].items():
         if name in read:
             read[name] = jax.random.wrap_key_data(read[name], impl=impl)
