@@ -178,6 +178,29 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
         np.testing.assert_allclose(interpreted(args), exact, atol=3e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_plain_form_agrees_with_the_reference(name):
+    args = CASES[name].make()
+    exact = np.asarray(paged_attention(**args | {"q": args["q"].astype(jnp.float32)}, impl="reference"), np.float64)
+    same = paged_attention(**args, impl="reference")
+    check(paged_attention(**args, impl="xla"), exact, same, tight=4e-6 if args["q"].dtype == jnp.float32 else 2**-8)
+
+
+def test_the_plain_form_has_the_same_bits_in_any_company():
+    """A row among short ones and among one of many splits, first and last, with a table of another width."""
+    args = Case(lens=(5, 33, 700), sinks=True, extra=dict(max_q=1)).make()
+    call = jax.jit(functools.partial(paged_attention, impl="xla", max_q=1))
+    args = {name: x for name, x in args.items() if name != "max_q"}
+    whole = np.asarray(call(**args))
+    order = jnp.array([2, 1, 0])
+    turned = call(**args | dict(q=args["q"].at[:3].set(args["q"][order]), table=args["table"][order], kv_lens=args["kv_lens"][order]))
+    assert (np.asarray(turned)[[2, 1, 0]] == whole[:3]).all()
+    short = call(**args | dict(kv_lens=jnp.array([5, 33, 0])))
+    assert (np.asarray(short)[:2] == whole[:2]).all() and not np.asarray(short)[2].any()
+    narrow = call(**args | dict(table=args["table"][:, :4], kv_lens=jnp.array([5, 33, 0])))
+    assert (np.asarray(narrow)[:2] == whole[:2]).all()
+
+
 def test_a_table_that_points_outside_the_pool_is_found():
     args = Case(extra=dict(max_q=1)).make()
     wrong = args | {"table": args["table"].at[1, 1].set(10**6)}

@@ -10,9 +10,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from minllm_kernels.dispatch import Branch, Impl, choose
-from minllm_kernels.ops.paged_attention import reference, tpu
+from minllm_kernels.ops.paged_attention import chunked, reference, tpu
 
-BRANCHES = {"tpu": Branch(tpu.forward, tpu.supports)}
+BRANCHES = {"xla": Branch(chunked.forward), "tpu": Branch(tpu.forward, tpu.supports)}
 CACHE = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
