@@ -103,6 +103,15 @@ class Execution:
         return device.device_kind if device else None
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a cache is made of where rows share it: pages of `size` tokens each. length: the most tokens of one row."""
+
+    pages: int
+    size: int
+    length: int
+
+
 class Context(flax.struct.PyTreeNode):
     """What a layer needs beside its input. Only its arrays cross into a `shard_map`; the Context never does.
 
@@ -111,6 +120,7 @@ class Context(flax.struct.PyTreeNode):
     prefix: tokens at positions below it see each other both ways (prefix LM); one number a row, or one a token.
     memory: what attention over another sequence sees; memory_positions: -1 where it is padding, None for no padding.
     shared: parameters that all layers read (T5's table of distances).
+    pages: of each row, the pages of the `Pool` that hold its tokens, in order.
     rows: the number of each row in the global batch, so that a microbatch drops what the whole batch would; None: 0 to B-1.
     layer: the global index of the next layer of a stack.
     key: of this layer's randomness, fold_in(key of the model, global layer index); None switches dropout off.
@@ -122,7 +132,7 @@ class Context(flax.struct.PyTreeNode):
     memory: Float[Array, "B S D"] | None = None
     memory_positions: Int[Array, "B S"] | None = None
     shared: Any = None
-    pages: Any = None
+    pages: Int[Array, "B M"] | None = None
     rows: Int[Array, " B"] | None = None
     layer: int | Int[Array, ""] = 0
     key: Key[Array, ""] | None = None
@@ -150,7 +160,8 @@ def add_losses(a: Losses | None, b: Losses | None) -> Losses | None:
 
 @runtime_checkable
 class Layer(Protocol):
-    """D is the model width, B the batch, S the number of tokens that a cache must be able to hold.
+    """D is the model width, B the batch, S the number of tokens that a cache must be able to hold for each row, or
+    the `Pool` that rows share.
 
     any_order: whether tokens may stand in any order, because the layer knows them by `ctx.positions` and `ctx.segments` alone; False for
     a layer that reads a token's neighbours (a convolution, a recurrence).
@@ -162,8 +173,8 @@ class Layer(Protocol):
         """The Specs of the weights."""
         return {}
 
-    def cache(self, D: int, B: int, S: int, dtype: Any) -> Tree:
-        """The Specs of what decoding must remember; None if nothing."""
+    def cache(self, D: int, B: int, S: int | Pool, dtype: Any) -> Tree:
+        """The Specs of what decoding must remember; None if nothing. What cannot lie in pages (the state of a recurrence) has rows."""
         return None
 
     def apply(self, p: Tree, x: Float[Array, "B T D"], ctx: Context, cache: Tree = None) -> Out: ...

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from minllm.layer import Context, Layer, Out
+from minllm.layer import Context, Layer, Out, Pool
 from minllm.layers.dropout import dropout, keep_mask
-from minllm.layers.kv import extend, kv_cache
+from minllm.layers.kv import attend_pages, extend, in_pages, kv_cache, page_cache
 from minllm.layers.norm import Norm
 from minllm.layers.position import Alibi, AxialRope, Buckets, Rope
 from minllm.parallel.ring import attend
@@ -84,7 +84,9 @@ class Attention(Layer):
         return p
 
     def cache(self, D, B, S, dtype):
-        return kv_cache(B, S if self.window is None else min(S, self.window), self.kv_heads, self.head_dim, dtype)
+        if isinstance(S, Pool) and self.mask == Causal() and self.relative is None:
+            return page_cache(S, self.kv_heads, self.head_dim, dtype)
+        return kv_cache(B, S, self.kv_heads, self.head_dim, dtype, window=self.window)
 
     def apply(self, p, x: Float[Array, "B T D"], ctx: Context, cache=None) -> Out:
         if cache is not None and ctx.segments is not None:
@@ -101,6 +103,17 @@ class Attention(Layer):
         if self.position:
             q, k = self.position.apply(q, ctx.positions), self.position.apply(k, ctx.positions)
         q, k, v = checkpoint_name((q, k, v), "qkv")
+        sinks = p["sinks"] if self.sinks else None
+        if in_pages(cache):
+            y, cache = attend_pages(q, k, v, cache, ctx, window=self.window, scale=self.scale, softcap=self.softcap, sinks=sinks)
+        else:
+            y, cache = self._attend(p, q, k, v, cache, ctx, sinks)
+        if self.gate:
+            y = y * jax.nn.sigmoid(einsum("btd,dnh->btnh", x, p["gate"]))
+        y = einsum("btnh,nhd->btd", y, p["o"])
+        return Out(dropout(y + p["o_bias"].astype(x.dtype) if self.out_bias else y, self.dropout, ctx), cache)
+
+    def _attend(self, p, q, k, v, cache, ctx, sinks):
         k, v, kv_pos, cache = extend(cache, k, v, ctx.positions, self.window)
         # the queries of a prefix look as far as its last token
         q_pos = ctx.positions if ctx.prefix is None else jnp.maximum(ctx.positions, ctx.prefix - 1)
@@ -108,14 +121,11 @@ class Attention(Layer):
         bias = self.relative.bias(p["relative"] or ctx.shared, ctx.positions, kv_pos, self.heads) if self.relative else None
         keep = None
         if self.weight_dropout and ctx.key is not None:
-            keep = keep_mask((x.shape[0], self.heads, x.shape[1], k.shape[1]), self.weight_dropout, ctx, stream=1)
+            keep = keep_mask((q.shape[0], self.heads, q.shape[1], k.shape[1]), self.weight_dropout, ctx, stream=1)
 
         y = attend(q, k, v, mask=mask, q_pos=q_pos, kv_pos=kv_pos, q_seg=ctx.segments, kv_seg=ctx.segments, keep=keep, bias=bias,
-                   scale=self.scale, softcap=self.softcap, sinks=p["sinks"] if self.sinks else None, run=ctx.run)  # fmt: skip
-        if self.gate:
-            y = y * jax.nn.sigmoid(einsum("btd,dnh->btnh", x, p["gate"]))
-        y = einsum("btnh,nhd->btd", y, p["o"])
-        return Out(dropout(y + p["o_bias"].astype(x.dtype) if self.out_bias else y, self.dropout, ctx), cache)
+                   scale=self.scale, softcap=self.softcap, sinks=sinks, run=ctx.run)  # fmt: skip
+        return y, cache
 
     def _norm(self, p, x, ctx):
         if not self.qk_norm_flat:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minllm.layer import Context, Execution, Layer, Out, add_losses, positions_of
+from minllm.layer import Context, Execution, Layer, Out, Pool, add_losses, positions_of
 from minllm.layers.attention import Attention
 from minllm.layers.dropout import dropout
 from minllm.layers.moe import MoE
@@ -48,8 +48,8 @@ class Decoder:
         p |= {"position": self.position.params(self.D)} if self.position else {}
         return p if self.tied else p | {"head": Spec((self.D, self.vocab), "embed -> vocab", FanIn())}
 
-    def cache(self, B: int, S: int, dtype: Any = jnp.float32) -> Tree:
-        """The Specs of a decode cache for B rows of up to S tokens."""
+    def cache(self, B: int, S: int | Pool, dtype: Any = jnp.float32) -> Tree:
+        """The Specs of a decode cache for B rows of up to S tokens, or in a pool of pages."""
         return tuple(layer.cache(self.D, B, S, dtype) for layer in self.trunk)
 
     def embedded(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context) -> Float[Array, "B T D"]:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from minllm import spec
-from minllm.layer import Context
+from minllm.layer import Context, Pool
 from minllm.layers.attention import Attention
-from minllm.layers.kv import extend, kv_cache, write
-from minllm.layers.position import Rope
+from minllm.layers.kv import attend_pages, extend, kv_cache, page_cache, write
+from minllm.layers.position import Alibi, Rope
+from minllm_kernels import attention
+from minllm_kernels.mask import Causal
 
 
 def empty(B, slots):
@@ -104,3 +106,46 @@ def test_ring_and_contiguous_cache_decode_alike(window):
         ring, full, start = a.cache, b.cache, start + n
         assert jnp.abs(a.x - b.x).max() <= 1e-6
     assert ring["k"].shape[1] == window
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("chunks", [(11,), (4, 1, 6), (1,) * 11], ids=str)
+def test_pages_anywhere_in_a_pool_are_a_cache(window, chunks):
+    """Two rows, one shorter, whose pages lie in disorder. 2e-6: sums in another order."""
+    D, S = 32, 11
+    layer = Attention(4, 2, 8, position=Rope(), window=window, sinks=True)
+    p, apply = spec.init(layer.params(D), jax.random.key(1)), jax.jit(layer.apply)
+    x = jax.random.normal(jax.random.key(2), (2, S, D))
+    positions = jnp.where(jnp.arange(S) < jnp.array([[S], [7]]), jnp.arange(S), -1)
+    whole = apply(p, x, Context(positions=positions)).x
+    pool = jax.tree.map(lambda a: a + jnp.nan, spec.init(layer.cache(D, 2, Pool(9, 3, S), jnp.float32), jax.random.key(0)))
+    table, start, parts = jnp.array([[7, 2, 5, 0], [3, 8, 1, 100]]), 0, []
+    for n in chunks:
+        own = Context(positions=positions[:, start : start + n], pages=table)
+        out = apply(p, x[:, start : start + n], own, pool)
+        pool, start = out.cache, start + n
+        parts.append(out.x)
+    there = np.asarray(positions >= 0)
+    np.testing.assert_allclose(np.concatenate(parts, 1)[there], np.asarray(whole)[there], atol=2e-6)
+    assert np.isnan(pool["k_pages"][jnp.array([4, 6])]).all()       # pages of nobody are untouched
+
+
+def test_what_pages_cannot_serve_has_rows():
+    pool = Pool(9, 3, 20)
+    paged = Attention(4, 2, 8).cache(32, 2, pool, jnp.float32)
+    assert {name: s.shape for name, s in paged.items()} == {"k_pages": (9, 3, 16), "v_pages": (9, 3, 16)}
+    assert Attention(4, 2, 8, relative=Alibi()).cache(32, 2, pool, jnp.float32)["k"].shape == (2, 20, 2, 8)
+    assert Attention(4, 2, 8, relative=Alibi(), window=6).cache(32, 2, pool, jnp.float32)["k"].shape == (2, 6, 2, 8)
+
+
+def test_a_latent_in_pages_is_key_and_value():
+    """Four query heads over one key of 12 numbers, of which the first 8 are the value: as attention over the rows themselves."""
+    key = jax.random.split(jax.random.key(0), 2)
+    q, latent = jax.random.normal(key[0], (2, 6, 4, 12)), jax.random.normal(key[1], (2, 6, 1, 12))
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    pool = spec.init(page_cache(Pool(5, 3, 6), 1, 12, jnp.float32, latent=True), jax.random.key(0))
+    ctx = Context(positions=positions, pages=jnp.array([[4, 0], [2, 3]]))
+    y, pool = attend_pages(q, latent, None, pool, ctx, v_size=8)
+    whole = attention(q, latent, latent[..., :8], mask=Causal(), q_pos=positions, kv_pos=positions, scale=12**-0.5)
+    np.testing.assert_allclose(y, whole, atol=1e-6)
+    assert list(pool) == ["k_pages"] and (pool["k_pages"][0] == latent[0, 3:, 0]).all()
