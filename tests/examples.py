@@ -17,7 +17,9 @@ from minllm.layers.conv import ShortConv
 from minllm.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from minllm.layers.dropout import Dropout
 from minllm.layers.feature import Elu, Exp, Favor, Hedgehog, Relu, Taylor
+from minllm.layers.latent import LatentAttention
 from minllm.layers.linear import GatedLinearAttention, Lightning, LinearAttention, Retention
+from minllm.layers.lru import RGLRU
 from minllm.layers.mlp import GLU, MLP, XIELU, Swish, gelu_quick, gelu_tanh, identity, mish, relu, relu2, silu
 from minllm.layers.moe import MoE, Router
 from minllm.layers.norm import GroupNorm, LayerNorm, RMSNorm
@@ -35,6 +37,7 @@ from minllm.layers.position import (
 )
 from minllm.layers.relative import ShawAttention, XLAttention
 from minllm.layers.residual import DeepNorm, Parallel, PostNorm, PreNorm, ReorderedNorm, SandwichNorm
+from minllm.layers.rwkv import ChannelMix, TimeMix
 from minllm.layers.ssm import Mamba, Mamba2
 from minllm.layers.stack import Stack
 from minllm.models.gpt2 import gpt2
@@ -144,6 +147,9 @@ EXAMPLES = {
     "t5_buckets": Example(attention(position=None, relative=Buckets(8, 16))),
     "shaw": Example(ShawAttention(4, 8, reach=3)),
     "transformer_xl": Example(XLAttention(4, 8)),
+    # few tokens take the absorbed form, many the other one
+    "mla": Example(LatentAttention(4, 8, 4, 6, rank=12, q_rank=10)),
+    "mla_yarn": Example(LatentAttention(4, 8, 4, 6, rank=200, q_rank=None, position=Rope(scaling=YarnScaling(4.0, 16)), mscale=0.7)),
     "attention_sinks_gate": Example(attention(sinks=True, gate=True)),
     # around the residual stream
     "pre_norm": Example(PreNorm(attention())),
@@ -166,7 +172,11 @@ EXAMPLES = {
     "kda": Example(KimiDeltaAttention(4, 4, 8)),
     "kda_bounded": Example(KimiDeltaAttention(4, 4, 8, floor=-5.0, rank=4)),
     "mamba": Example(Mamba(48, state=8, rank=4)),
+    "mamba_norms": Example(Mamba(48, state=8, rank=4, norm=RMSNorm())),
     "mamba2": Example(Mamba2(4, head_dim=8, state=16, groups=2)),
+    "rg_lru": Example(RGLRU(48, 4)),
+    "rwkv_time_mix": Example(TimeMix(48)),
+    "rwkv_channel_mix": Example(ChannelMix(48)),
     # depth
     "stack": Example(Stack((PreNorm(attention(dropout=0.1)), PreNorm(GLU(48))), 3)),
     "local_global_stack": Example(Stack((PreNorm(attention(window=4)), PreNorm(GLU(48)), PreNorm(attention()), PreNorm(GLU(48))), 2)),

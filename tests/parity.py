@@ -50,6 +50,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": dict(model_type="gpt_oss", **SHAPE | dict(num_hidden_layers=3), head_dim=24, sliding_window=40, num_local_experts=5,
                     num_experts_per_tok=2, rope_scaling=YARN | dict(truncate=False), swiglu_limit=1.0),
     "olmo2": dict(model_type="olmo2", **SHAPE, rope_theta=500_000.0),
+    "mamba": dict(model_type="mamba", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=6),
+    "mamba2": dict(model_type="mamba2", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8,
+                   n_groups=2, tie_word_embeddings=True),
+    "jamba": dict(model_type="jamba", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4), num_experts=5, num_experts_per_tok=2, attn_layer_period=3,
+                  attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=6),
+    "qwen3_next": dict(model_type="qwen3_next", **SHAPE | dict(num_hidden_layers=5), head_dim=24, linear_num_value_heads=4,
+                       linear_num_key_heads=2, linear_key_head_dim=12, linear_value_head_dim=20, num_experts=6, num_experts_per_tok=3,
+                       moe_intermediate_size=40, shared_expert_intermediate_size=48, mlp_only_layers=[1], partial_rotary_factor=0.5),
+    "deepseek_v2": dict(model_type="deepseek_v2", **SHAPE | dict(num_hidden_layers=3, num_key_value_heads=4), q_lora_rank=None,
+                        kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=2,
+                        num_experts_per_tok=3, moe_intermediate_size=40, first_k_dense_replace=1, n_group=4, topk_group=2,
+                        topk_method="group_limited_greedy", routed_scaling_factor=1.5),
+    "deepseek_v3": dict(model_type="deepseek_v3", **SHAPE | dict(num_hidden_layers=3, num_key_value_heads=4), q_lora_rank=32,
+                        kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=2,
+                        num_experts_per_tok=3, moe_intermediate_size=40, first_k_dense_replace=1, n_group=4, topk_group=2,
+                        rope_scaling=YARN | dict(mscale=0.8, mscale_all_dim=0.8)),
+    "recurrent_gemma": dict(model_type="recurrent_gemma", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4, num_key_value_heads=1),
+                            lru_width=64, attention_window_size=40, block_types=["recurrent", "attention", "recurrent"]),
+    "rwkv": dict(model_type="rwkv", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64,
+                 intermediate_size=96),
+    "kimi_linear": dict(model_type="kimi_linear", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4, num_key_value_heads=4),
+                        linear_num_heads=4, linear_head_dim=12, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8,
+                        v_head_dim=12, num_local_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, n_group=4, topk_group=2,
+                        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"]),
     "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=1024),
 }  # fmt: skip
 
@@ -66,11 +90,15 @@ class Pair:
         torch.manual_seed(0)
         config = AutoConfig.for_model(**json.loads(json.dumps(FAMILIES[self.name])))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
-        offset = "gemma" in self.name  # its gains are stored less one
         for name, p in model.named_parameters():
-            gain = ("norm" in name or "ln_" in name) and name.endswith("weight")
-            fan_in = p.shape[0] if "c_" in name or p.ndim == 3 else p.shape[-1]
+            # gains that are stored less one
+            offset = "gemma" in self.name or (self.name == "qwen3_next" and "linear_attn" not in name)
+            gain = ("norm" in name or "ln" in name) and name.endswith("weight")
+            fan_in = p.shape[0] if "c_" in name or (p.ndim == 3 and "conv" not in name) else p.shape[-1]
             torch.nn.init.normal_(p, *((1.0 - offset, 0.3) if gain else (0.0, 0.3 if p.ndim == 1 else 0.75 * fan_in**-0.5)))
+        for name, b in model.named_buffers():
+            if "correction" in name:
+                torch.nn.init.normal_(b, 0.0, 0.1)
         model.save_pretrained(self.folder)
         return model
 
@@ -143,23 +171,29 @@ class Pair:
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(target).flatten()),
                                     list(named.values()))  # fmt: skip
         theirs = dict(zip(named, (g.numpy() for g in grads)))
+        theirs |= {name: np.zeros(b.shape, np.float32) for name, b in self.theirs.named_buffers() if "correction" in name}
         errors = {}
         for tensor in tensors(model, self.family.rows(model)):
             mine = tensor.pattern.join([np.asarray(pick(ours, target)) for target in tensor.targets])
             other = self.gradient(theirs, tensor.name)
-            errors[tensor.name] = float(np.linalg.norm(mine - other) / np.linalg.norm(other))
+            # zero for both: an expert that nobody chose, a router's bias that is not learned
+            errors[tensor.name] = float(np.linalg.norm(mine - other) / (np.linalg.norm(other) or 1.0))
         return errors
 
     def gradient(self, theirs: dict[str, np.ndarray], name: str) -> np.ndarray:
-        """The gradient of a tensor of the file. In memory `transformers` keeps experts as one tensor, gate above up."""
+        """The gradient of a tensor of the file. In memory `transformers` keeps experts as one tensor, gate above up, and other things
+        under other names."""
         if name in theirs:
             return theirs[name]
-        if found := re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight", name):
-            layer, expert, which = found[1], int(found[2]), found[3]
+        name = name.replace("block_sparse_moe", "mlp")
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight", name):
+            experts, expert, which = found[1], int(found[2]), found[3]
             if which in ("w2", "down_proj"):
-                return theirs[f"{layer}.mlp.experts.down_proj"][expert]
-            return np.split(theirs[f"{layer}.mlp.experts.gate_up_proj"][expert], 2)[which in ("w3", "up_proj")]
-        return theirs[name.replace("block_sparse_moe", "mlp")]
+                return theirs[f"{experts}.down_proj"][expert]
+            return np.split(theirs[f"{experts}.gate_up_proj"][expert], 2)[which in ("w3", "up_proj")]
+        if found := re.fullmatch(r"(.*\.self_attn)\.([qkv])_conv1d\.weight", name):
+            return np.split(theirs[f"{found[1]}.conv1d.weight"], 3)["qkv".index(found[2])]
+        return theirs[re.sub(r"self_attn\.(f_a_proj|f_b_proj|dt_bias|A_log)", r"self_attn.forget_gate.\1", name)]
 
     def greedy(self, count: int = 64) -> tuple[list[int], list[int]]:
         """(steps where our likeliest token is another one than theirs, of these the ties). Both continue their text."""
@@ -195,7 +229,7 @@ class Pair:
     def round_trip(self) -> None:
         """Import and export give the same bytes of the same tensors; transformers loads the export as the same model."""
         folder, again = self.exported()
-        before, after = safetensors.stored(self.folder), safetensors.stored(folder)
+        before, after = hf.renamed(safetensors.stored(self.folder), self.family), safetensors.stored(folder)
         assert sorted(before) == sorted(after)
         for name, tensor in before.items():
             assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name

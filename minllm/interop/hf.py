@@ -7,6 +7,7 @@ tensor by tensor into a folder beside the wanted one, which takes its name when 
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import deque
@@ -101,7 +102,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _matched(folder: Path, family: Family, model: Any) -> list[tuple[Tensor, Stored]]:
     """Each tensor of the model with its place in the files."""
-    there, wanted = safetensors.stored(folder), tensors(model, family.rows(model))
+    there, wanted = renamed(safetensors.stored(folder), family), tensors(model, family.rows(model))
     names = {tensor.name for tensor in wanted}
     if not any(name.startswith(family.prefix) for name in there):  # files of the bare trunk
         there = {name if name in names else family.prefix + name: file for name, file in there.items()}
@@ -121,13 +122,21 @@ def _matched(folder: Path, family: Family, model: Any) -> list[tuple[Tensor, Sto
     return [(tensor, there[tensor.name]) for tensor in wanted]
 
 
+def renamed(there: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors of a folder by the names of the family's table."""
+    for other, ours in family.renamed.items():
+        pattern, name = re.escape(other).replace(r"\{i\}", r"(\d+)"), ours.replace("{i}", r"\1")
+        there = {re.sub(rf"{pattern}\Z", name, theirs): file for theirs, file in there.items()}
+    return there
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _tied_head(there: dict[str, Stored], rows: Rows) -> None:
     """Some files hold a tied head a second time: it is left out if it is the embedding, and an error if it is not."""
-    name = {paths: name for name, (paths, _) in rows.items() if isinstance(paths, str)}
+    name = {paths: name for name, (paths, *_) in rows.items() if isinstance(paths, str)}
     head, embed = there.pop(name.get("head", ""), None), there.get(name["embed"])
     same = head and embed and (head.shape, head.dtype) == (embed.shape, embed.dtype)
     if head and not (same and np.array_equal(_bits(head.read()), _bits(embed.read()))):

@@ -9,7 +9,8 @@ The same rows read and write; nothing in them is about a file format, so that ev
 
 Names: {i} counts the layers of the family, {e} the experts of a layer. Paths: `layers/{i}/k/...` is the k-th sublayer (attention 0,
 feed-forward 1) of layer i, wherever stacks and patterns put it; all else is a path of the parameter tree. A row holds for the layers
-whose tree has its path with as many dims; each part of each parameter has exactly one row.
+whose tree has its path with as many dims; each part of each parameter has exactly one row. Where two kinds of layers share a path, a row
+ends with a path that only its own kind has.
 
 Patterns are read as einops': letters are dims, parentheses join dims in order, digits are dims of that size (a 1 of the file has no
 counterpart here). One pair of parentheses on the left may hold a sum: parts side by side, the first for the first path, and so on.
@@ -142,11 +143,13 @@ def tensors(model: Any, rows: Rows) -> list[Tensor]:
     specs = flat(model.params())
     places = _Places(model, rows)
     found, covered = [], dict.fromkeys(specs, 0)
-    for name, (paths, text) in rows.items():
+    for name, (paths, text, *having) in rows.items():
         pattern = parse(text)
         paths = (paths,) if isinstance(paths, str) else paths
         assert len(paths) == len(pattern.parts), name
         for i in range(places.count(paths[0])) if "{i}" in name else (0,):
+            if any(places.find(path, i)[0] not in specs for path in having):
+                continue
             at = [places.find(path, i) for path in paths]
             each = [specs.get(path) for path, _ in at]
             if any(spec is None or len(_own(spec, "{e}" in name)) != len(part.ours) for spec, part in zip(each, pattern.parts)):
@@ -182,7 +185,7 @@ class _Places:
     def __init__(self, model: Any, rows: Rows):
         self.width: dict[str, int] = {}  # sublayers a layer, of each trunk
         self.sublayers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for paths, _ in rows.values():
+        for paths, *_ in rows.values():
             for path in (paths,) if isinstance(paths, str) else paths:
                 if found := re.fullmatch(r"(.*?)layers/\{i\}/(\d+)/.*", path):
                     owner, k = found[1], int(found[2])

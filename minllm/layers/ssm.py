@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from minllm.layer import Context, Out
 from minllm.layers.carry import Recurrent, conv_cache, convolve, memory_cache, remember, resume, scan
-from minllm.layers.norm import rms_norm
+from minllm.layers.norm import Norm, rms_norm
 from minllm.sharding import constrain
 from minllm.spec import FanIn, Init, Normal, Ones, Spec
 from minllm.weights import einsum
@@ -57,24 +57,28 @@ class LogCount:
 
 @dataclass(frozen=True)
 class Mamba(Recurrent):
-    """inner: channels F; state: numbers of state S a channel; rank: of the step's map; conv: the width of the convolution."""
+    """inner: channels F; state: numbers of state S a channel; rank: of the step's map; conv: the width of the convolution.
+    norm: of the step before its map grows wide, of input and output (Jamba, Lieber et al. 2024, arXiv 2403.19887, section 6.4)."""
 
     inner: int
     state: int = 16
     rank: int = 16
     conv: int = 4
+    norm: Norm | None = None
     out_init: Init = FanIn()
 
     def params(self, D):
         F, S, R, W = self.inner, self.state, self.rank, self.conv
         into = Spec((D, F), "embed -> mlp", FanIn())
         thin = Spec((F, S), "mlp -> _", FanIn())
+        norms = {"step": self.norm.params(R), "into": self.norm.params(S), "out": self.norm.params(S)} if self.norm else {}
         return {
             "x": into, "gate": into, "conv": Spec((W, F), "_ mlp", Normal(W**-0.5)), "conv_bias": Spec((F,), "mlp", role="bias"),
             "step": {"down": Spec((F, R), "mlp -> _", FanIn()), "up": Spec((R, F), "_ -> mlp", FanIn()),
                      "bias": Spec((F,), "mlp", StepBias(), role="bias")},
             "into": thin, "out": thin, "rate": Spec((F, S), "mlp _", LogCount(), role="bias"),
-            "skip": Spec((F,), "mlp", Ones(), role="gain"), "down": Spec((F, D), "mlp -> embed", self.out_init)}  # fmt: skip
+            "skip": Spec((F,), "mlp", Ones(), role="gain"), "down": Spec((F, D), "mlp -> embed", self.out_init),
+            "norm": norms}  # fmt: skip
 
     def cache(self, D, B, S, dtype):
         state = Spec((B, self.inner, self.state), "batch act_mlp _", dtype=jnp.float32, role="buffer")
@@ -85,11 +89,14 @@ class Mamba(Recurrent):
         u, z = (constrain(einsum("btd,df->btf", x, p[w]), "batch seq act_mlp", ctx.run) for w in ("x", "gate"))
         u, conv = convolve(u, p["conv"], before and before["conv"], "act_mlp", ctx)
         u = jax.nn.silu(u + p["conv_bias"].astype(x.dtype))
-        into, out = einsum("btf,fs->bts", u, p["into"]), einsum("btf,fs->bts", u, p["out"])
-        step = einsum("btr,rf->btf", einsum("btf,fr->btr", u, p["step"]["down"]), p["step"]["up"])
+        few = {"step": p["step"]["down"], "into": p["into"], "out": p["out"]}
+        few = {name: einsum("btf,fs->bts", u, w) for name, w in few.items()}
+        if self.norm:
+            few = {name: self.norm.apply(p["norm"][name], y, ctx).x for name, y in few.items()}
+        step = einsum("btr,rf->btf", few["step"], p["step"]["up"])
         step = jax.nn.softplus(step.astype(kind) + p["step"]["bias"])
         decay = -jnp.exp(p["rate"].astype(kind))
-        y, state = scan(u, step, decay, into, out, before and before["state"], ctx)
+        y, state = scan(u, step, decay, few["into"], few["out"], before and before["state"], ctx)
         y = (y + u * p["skip"].astype(x.dtype)) * jax.nn.silu(z)
         return Out(einsum("btf,fd->btd", y, p["down"]), cache and {"conv": conv, "state": state})
 

@@ -25,6 +25,15 @@ FAMILIES = {
     "gpt_oss": "gpt_oss",
     "bert": "bert",
     "t5": "t5",
+    "mamba": "mamba",
+    "mamba2": "mamba",
+    "jamba": "jamba",
+    "qwen3_next": "qwen3_next",
+    "deepseek_v2": "deepseek",
+    "deepseek_v3": "deepseek",
+    "kimi_linear": "kimi",
+    "recurrent_gemma": "griffin",
+    "rwkv": "rwkv",
 }
 
 

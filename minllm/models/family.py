@@ -8,7 +8,7 @@ format cannot express is never written. `weights` is the table of `minllm.intero
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from minllm.layers.attention import Attention
@@ -19,7 +19,8 @@ from minllm.layers.stack import Stack
 from minllm.spec import FanIn
 
 Fields = Mapping[str, Any]  # of a config.json
-Rows = Mapping[str, tuple[str | tuple[str, ...], str]]  # see minllm.interop.table
+Paths = str | tuple[str, ...]
+Rows = Mapping[str, tuple[Paths, str] | tuple[Paths, str, str]]  # see minllm.interop.table
 
 # Fields that change no number: bookkeeping, fresh initialisation, ids of special tokens (the tokenizer's business), how long the model
 # was trained to read, what a call returns, and settings of generation that old configs carry.
@@ -100,13 +101,29 @@ class Only(Field):
 
 
 @dataclass(frozen=True)
+class Divides(Field):
+    """The size of a head where it is D / heads and nothing else."""
+
+    def read(self, name, given):
+        size = given["hidden_size"] // given["num_attention_heads"]
+        if given.get(name, size) != size:
+            raise ValueError(f"{name} is {given[name]}; only hidden_size / num_attention_heads = {size} is supported")
+        return {}
+
+    def write(self, name, args):
+        return {}
+
+
+@dataclass(frozen=True)
 class RopeFields(Field):
-    """rope_theta and rope_scaling, or rope_parameters with both, as the arguments theta and scaling."""
+    """rope_theta and rope_scaling, or rope_parameters with both, as the arguments theta and scaling. fraction: the partial_rotary_factor of
+    a config that has none; None in a family that turns whole heads."""
 
     absent: float = 10_000.0
+    fraction: float | None = None
 
     def names(self, name):
-        return name, "rope_scaling", "rope_parameters"
+        return name, "rope_scaling", "rope_parameters", *(["partial_rotary_factor"] if self.fraction is not None else [])
 
     def read(self, name, given):
         old, new = given.get("rope_scaling"), given.get("rope_parameters")
@@ -114,14 +131,18 @@ class RopeFields(Field):
             raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ; leave one out")
         rope = dict(old or new or {})
         theta = rope.pop("rope_theta", given.get(name) or self.absent)
-        return {"theta": float(theta), "scaling": read_scaling(rope, given)}
+        part = {}
+        if self.fraction is not None:
+            part = {"fraction": float(rope.pop("partial_rotary_factor", given.get("partial_rotary_factor", self.fraction)))}
+        return {"theta": float(theta), "scaling": read_scaling(rope, given), **part}
 
     def write(self, name, args):
         scaling = args["scaling"]
         # readers take the default of 2,048 where no length is said; a dynamic scaling begins where it ends
         stretch = 1.0 if isinstance(scaling, DynamicNTKScaling) else getattr(scaling, "factor", 1.0)
         length = {"max_position_embeddings": int(scaling.original * stretch)} if hasattr(scaling, "original") else {}
-        return {name: args["theta"], "rope_scaling": write_scaling(scaling), **length}
+        part = {} if self.fraction is None else {"partial_rotary_factor": args["fraction"]}
+        return {name: args["theta"], "rope_scaling": write_scaling(scaling), **length, **part}
 
 
 @dataclass(frozen=True)
@@ -326,6 +347,7 @@ class Family:
     name: Hugging Face's model_type, and ours. architecture: the class that transformers loads it with.
     builder: from plain arguments to a model. presets: the arguments of published models. fields, weights: see above.
     prefix: of the names, which files of the bare trunk leave out. ignored: tensors of old files that are no parameters.
+    renamed: what other writers call a tensor -> its name in the table; {i} is any number.
     weights may be a function of the model, where its names depend on it. read: the builder's arguments, of a model.
     """
 
@@ -337,6 +359,7 @@ class Family:
     weights: Rows | Callable[[Any], Rows]
     prefix: str = "model."
     ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     benign: frozenset[str] = BENIGN
     read: Callable[[Any], dict[str, Any]] | None = None
 
@@ -415,7 +438,8 @@ def arguments(model: Any) -> dict[str, Any]:
         if isinstance(model.position, Learned):
             found |= {"length": model.position.length}
         if isinstance(whole[0].position, Rope):
-            found |= {"theta": whole[0].position.theta, "scaling": whole[0].position.scaling}
+            rope = whole[0].position
+            found |= {"theta": rope.theta, "scaling": rope.scaling, "fraction": rope.fraction}
         local = [a.position for a in attentions if a.window is not None and isinstance(a.position, Rope)]
         found |= {"local_theta": local[0].theta} if local else {}
     return found

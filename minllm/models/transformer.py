@@ -26,7 +26,7 @@ class Decoder:
     """A language model.
 
     tied: the head is the embedding table. softcap: of the logits (Gemma 2). embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
-    position: what is added to the embeddings (GPT-2). dropout: of the embeddings.
+    position: what is added to the embeddings (GPT-2). embed_norm: of the embeddings (RWKV). dropout: of the embeddings.
     """
 
     vocab: int
@@ -38,6 +38,7 @@ class Decoder:
     embed_scale: float = 1.0
     position: Learned | Sinusoidal | None = None
     dropout: float = 0.0
+    embed_norm: Norm | None = None
 
     def params(self) -> Tree:
         p = {
@@ -46,6 +47,7 @@ class Decoder:
             "norm": self.norm.params(self.D),
         }
         p |= {"position": self.position.params(self.D)} if self.position else {}
+        p |= {"embed_norm": self.embed_norm.params(self.D)} if self.embed_norm else {}
         return p if self.tied else p | {"head": Spec((self.D, self.vocab), "embed -> vocab", FanIn())}
 
     def cache(self, B: int, S: int, dtype: Any = jnp.float32) -> Tree:
@@ -57,6 +59,8 @@ class Decoder:
         x = embed(p["embed"], tokens, ctx.run) * self.embed_scale
         if self.position:
             x = self.position.apply(gathered(p["position"], ctx.run), x, ctx.positions)
+        if self.embed_norm:
+            x = self.embed_norm.apply(p["embed_norm"], x, ctx).x
         return constrain(dropout(x, self.dropout, ctx), "batch residual_seq act_embed", ctx.run)
 
     def hidden(self, p: Tree, tokens: Int[Array, "B T"], ctx: Context, cache: Tree = None) -> Out:
