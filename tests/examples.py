@@ -19,7 +19,7 @@ from minllm.layers.dropout import Dropout
 from minllm.layers.feature import Elu, Exp, Favor, Hedgehog, Relu, Taylor
 from minllm.layers.latent import LatentAttention
 from minllm.layers.linear import GatedLinearAttention, Lightning, LinearAttention, Retention
-from minllm.layers.lru import RGLRU
+from minllm.layers.lru import RGLRU, MinGRU, MinLSTM
 from minllm.layers.mlp import GLU, MLP, XIELU, Swish, gelu_quick, gelu_tanh, identity, mish, relu, relu2, silu
 from minllm.layers.moe import MoE, Router
 from minllm.layers.norm import GroupNorm, LayerNorm, RMSNorm
@@ -175,6 +175,8 @@ EXAMPLES = {
     "mamba_norms": Example(Mamba(48, state=8, rank=4, norm=RMSNorm())),
     "mamba2": Example(Mamba2(4, head_dim=8, state=16, groups=2)),
     "rg_lru": Example(RGLRU(48, 4)),
+    "min_gru": Example(MinGRU(48)),
+    "min_lstm": Example(MinLSTM(48)),
     "rwkv_time_mix": Example(TimeMix(48)),
     "rwkv_channel_mix": Example(ChannelMix(48)),
     # depth

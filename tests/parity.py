@@ -53,8 +53,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": dict(model_type="mamba", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=6),
     "mamba2": dict(model_type="mamba2", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8,
                    n_groups=2, tie_word_embeddings=True),
-    "jamba": dict(model_type="jamba", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4), num_experts=5, num_experts_per_tok=2, attn_layer_period=3,
-                  attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=6),
+    "jamba": dict(model_type="jamba", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4), num_experts=5,
+                  num_experts_per_tok=2, attn_layer_period=3, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=6),
     "qwen3_next": dict(model_type="qwen3_next", **SHAPE | dict(num_hidden_layers=5), head_dim=24, linear_num_value_heads=4,
                        linear_num_key_heads=2, linear_key_head_dim=12, linear_value_head_dim=20, num_experts=6, num_experts_per_tok=3,
                        moe_intermediate_size=40, shared_expert_intermediate_size=48, mlp_only_layers=[1], partial_rotary_factor=0.5),
@@ -166,7 +166,7 @@ class Pair:
             return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1).mean()
 
         ours = jax.jit(jax.grad(loss))(params)
-        logits = self.theirs(torch.tensor(tokens)).logits
+        logits = self.theirs(torch.tensor(tokens), use_cache=False).logits
         named = dict(self.theirs.named_parameters())
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(target).flatten()),
                                     list(named.values()))  # fmt: skip

@@ -124,7 +124,7 @@ def _matched(folder: Path, family: Family, model: Any) -> list[tuple[Tensor, Sto
 
 def renamed(there: dict[str, Stored], family: Family) -> dict[str, Stored]:
     """The tensors of a folder by the names of the family's table."""
-    for other, ours in family.renamed.items():
+    for other, ours in family.renamed:
         pattern, name = re.escape(other).replace(r"\{i\}", r"(\d+)"), ours.replace("{i}", r"\1")
         there = {re.sub(rf"{pattern}\Z", name, theirs): file for theirs, file in there.items()}
     return there

@@ -8,7 +8,7 @@ format cannot express is never written. `weights` is the table of `minllm.intero
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from minllm.layers.attention import Attention
@@ -347,7 +347,7 @@ class Family:
     name: Hugging Face's model_type, and ours. architecture: the class that transformers loads it with.
     builder: from plain arguments to a model. presets: the arguments of published models. fields, weights: see above.
     prefix: of the names, which files of the bare trunk leave out. ignored: tensors of old files that are no parameters.
-    renamed: what other writers call a tensor -> its name in the table; {i} is any number.
+    renamed: (what other writers call a tensor, its name in the table), {i} for any number.
     weights may be a function of the model, where its names depend on it. read: the builder's arguments, of a model.
     """
 
@@ -359,9 +359,9 @@ class Family:
     weights: Rows | Callable[[Any], Rows]
     prefix: str = "model."
     ignored: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
     benign: frozenset[str] = BENIGN
     read: Callable[[Any], dict[str, Any]] | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def rows(self, model: Any) -> Rows:
         """The table for a model of this family."""

@@ -185,7 +185,7 @@ PRESETS = {"48b-a3b": {}}
 # head_dim and rope_theta belong to positions that nothing has
 _BENIGN = BENIGN | {"model_max_length", "num_nextn_predict_layers", "rope_theta", "auto_map"}
 # `transformers` gives dense layers the name of mixtures when it writes
-_RENAMED = {f"{_MOE}{w}_proj.weight": f"model.layers.{{i}}.mlp.{w}_proj.weight" for w in ("gate", "up", "down")}
+_RENAMED = tuple((f"{_MOE}{w}_proj.weight", f"model.layers.{{i}}.mlp.{w}_proj.weight") for w in ("gate", "up", "down"))
 FAMILY = {
     "kimi_linear": Family(
         "kimi_linear", "KimiLinearForCausalLM", kimi_linear, PRESETS, FIELDS, WEIGHTS, renamed=_RENAMED, benign=_BENIGN, read=_read

@@ -12,6 +12,7 @@ from minllm.layers.carry import documents, remember
 from minllm.layers.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention, unit
 from minllm.layers.feature import Elu, Favor, Taylor
 from minllm.layers.linear import Lightning, LinearAttention
+from minllm.layers.lru import MinGRU, MinLSTM
 from minllm.layers.ssm import Mamba, Mamba2
 from minllm.sharding import make_mesh
 from minllm_kernels import delta_rule, linear_attention
@@ -225,3 +226,21 @@ def test_a_sharded_sequence_carries_its_memory(op):
     assert int(documents(Context(positions=jnp.array([[-1, 0]])))[0, 0]) == 0
     for a, b in zip(jax.tree.leaves(run(make_mesh(jax.devices()[:4], context=4))), jax.tree.leaves(run(None)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("layer", [MinGRU(6), MinLSTM(6)])
+def test_minimal_units(layer):
+    """The formulas of arXiv 2410.01201, token by token in float64."""
+    p, x = ready(layer), np.random.default_rng(0).normal(size=(B, T, D))
+    ours = jax.jit(lambda x: layer.apply(p, x, Context(positions=POSITIONS)).x)(jnp.asarray(x, jnp.float32))
+    w = {name: np.asarray(a, np.float64) for name, a in p.items()}
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+    gate = lambda name: sigmoid(x @ w[name] + w[f"{name}_bias"])
+    keep, take = 1 - gate("forget"), gate("forget")
+    if isinstance(layer, MinLSTM):
+        keep, take = (g / (gate("forget") + gate("input")) for g in (gate("forget"), gate("input")))
+    h, rows = np.zeros((B, 6)), []
+    for t in range(T):
+        h = keep[:, t] * h + take[:, t] * (x[:, t] @ w["x"])
+        rows.append(h @ w["down"])
+    np.testing.assert_allclose(ours, np.stack(rows, 1), rtol=0, atol=1e-5)
