@@ -55,7 +55,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
                    n_groups=2, tie_word_embeddings=True),
     "jamba": dict(model_type="jamba", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4), num_experts=5,
                   num_experts_per_tok=2, attn_layer_period=3, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=6),
-    "qwen3_next": dict(model_type="qwen3_next", **SHAPE | dict(num_hidden_layers=5), head_dim=24, linear_num_value_heads=4,
+    # delta rules in few layers: in float32 those of `transformers` are 2e-5 from float64 after five (ours 1e-5)
+    "qwen3_next": dict(model_type="qwen3_next", **SHAPE | dict(num_hidden_layers=3), head_dim=24, linear_num_value_heads=4,
+                       layer_types=["linear_attention", "full_attention", "linear_attention"],
                        linear_num_key_heads=2, linear_key_head_dim=12, linear_value_head_dim=20, num_experts=6, num_experts_per_tok=3,
                        moe_intermediate_size=40, shared_expert_intermediate_size=48, mlp_only_layers=[1], partial_rotary_factor=0.5),
     "deepseek_v2": dict(model_type="deepseek_v2", **SHAPE | dict(num_hidden_layers=3, num_key_value_heads=4), q_lora_rank=None,
@@ -70,10 +72,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
                             lru_width=64, attention_window_size=40, block_types=["recurrent", "attention", "recurrent"]),
     "rwkv": dict(model_type="rwkv", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64,
                  intermediate_size=96),
-    "kimi_linear": dict(model_type="kimi_linear", pad_token_id=None, **SHAPE | dict(num_hidden_layers=4, num_key_value_heads=4),
-                        linear_num_heads=4, linear_head_dim=12, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    "kimi_linear": dict(model_type="kimi_linear", pad_token_id=None, **SHAPE | dict(num_key_value_heads=4), linear_num_heads=4, linear_head_dim=12, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8,
                         v_head_dim=12, num_local_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, n_group=4, topk_group=2,
-                        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"]),
+                        layer_types=["linear_attention", "full_attention"]),
     "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=1024),
 }  # fmt: skip
 

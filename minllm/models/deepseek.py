@@ -15,7 +15,7 @@ from minllm.layers.norm import RMSNorm
 from minllm.layers.position import Rope, Scaling, YarnScaling
 from minllm.layers.residual import PreNorm
 from minllm.models import llama, qwen
-from minllm.models.family import BENIGN, Arg, Family, Field, Only, RopeFields, sublayers
+from minllm.models.family import BENIGN, Arg, Family, Field, Only, RopeFields, first, sublayers
 from minllm.models.transformer import Decoder, fold
 
 _YARN = YarnScaling(40.0, 4096, temperature=1.0)
@@ -175,16 +175,15 @@ class TopKMethod(Field):
 def read(model: Decoder) -> dict[str, Any]:
     """The builder's arguments, of a model of latent attention and experts."""
     inner = list(sublayers(model))
-    attention = next(layer for layer in inner if isinstance(layer, LatentAttention))
-    feeds = inner[1::2]
-    moe, glu = (next((layer for layer in feeds if isinstance(layer, kind)), None) for kind in (MoE, GLU))
-    r = moe.router
+    attention, feeds = first(inner, LatentAttention), inner[1::2]
+    moe = first(feeds, MoE)
+    r, dense = moe.router, [layer for layer in feeds if isinstance(layer, GLU)]
     found = {name: getattr(attention, name) for name in ("heads", "head_dim", "rope_dim", "value_dim", "rank", "q_rank", "mscale")}
     if attention.position:
         found |= {"theta": attention.position.theta, "scaling": attention.position.scaling, "pairs": attention.position.pairs}
     return found | dict(
-        D=model.D, layers=len(feeds), vocab=model.vocab, tied=model.tied, eps=model.norm.eps, hidden=(glu or moe.expert).hidden,
-        dense=sum(isinstance(layer, GLU) for layer in feeds), experts=r.experts, active=r.active, groups=r.groups,
+        D=model.D, layers=len(feeds), vocab=model.vocab, tied=model.tied, eps=model.norm.eps, hidden=(dense or [moe.expert])[0].hidden,
+        dense=len(dense), experts=r.experts, active=r.active, groups=r.groups,
         active_groups=r.active_groups, gain=r.scale, renormalize=r.renormalize, expert_hidden=moe.expert.hidden,
         shared=moe.shared.hidden // moe.expert.hidden, balance=moe.balance)  # fmt: skip
 

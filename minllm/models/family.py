@@ -7,7 +7,7 @@ format cannot express is never written. `weights` is the table of `minllm.intero
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -408,6 +408,14 @@ def sublayers(model: Any) -> Iterator[Any]:
         for one in layer.pattern * layer.times if isinstance(layer, Stack) else (layer,):
             inner = getattr(one, "inner", None) or getattr(one, "layers", None) or one
             yield from inner if isinstance(inner, tuple) else (inner,)
+
+
+def first(layers: Iterable[Any], kind: type) -> Any:
+    """The first layer of a kind. Raises ValueError if there is none."""
+    for layer in layers:
+        if isinstance(layer, kind):
+            return layer
+    raise ValueError(f"it has no {kind.__name__}")
 
 
 def arguments(model: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from minllm.layers.norm import RMSNorm
 from minllm.layers.position import Rope, Scaling
 from minllm.layers.residual import PreNorm
 from minllm.models import llama
-from minllm.models.family import BENIGN, Arg, Divides, Family, Field, Only, RopeFields, arguments, sublayers
+from minllm.models.family import BENIGN, Arg, Divides, Family, Field, Only, RopeFields, arguments, first, sublayers
 from minllm.models.transformer import Decoder, fold
 
 
@@ -84,7 +84,7 @@ class BothWidths(Field):
 
 def _read(model: Decoder) -> dict[str, Any]:
     mixers = list(sublayers(model))[::2]
-    lru = next(layer for layer in mixers if isinstance(layer, RGLRU))
+    lru = first(mixers, RGLRU)
     recurrent = tuple(isinstance(layer, RGLRU) for layer in mixers)
     return arguments(model) | dict(layers=len(mixers), recurrent=recurrent, inner=lru.inner, conv=lru.conv)
 

@@ -13,7 +13,7 @@ from minllm.layers.norm import RMSNorm
 from minllm.layers.residual import PreNorm
 from minllm.layers.ssm import Mamba
 from minllm.models import llama
-from minllm.models.family import BENIGN, Arg, BalanceLoss, Divides, Family, Only, arguments, sublayers
+from minllm.models.family import BENIGN, Arg, BalanceLoss, Divides, Family, Only, arguments, first, sublayers
 from minllm.models.mamba import Expand, StepRank, mixer_rows
 from minllm.models.transformer import Decoder, fold
 from minllm.spec import FanIn
@@ -64,7 +64,7 @@ def _every(which: Sequence[bool]) -> tuple[int, int]:
 def _read(model: Decoder) -> dict[str, Any]:
     inner = list(sublayers(model))
     mixers, feeds = inner[::2], inner[1::2]
-    mamba = next(layer for layer in mixers if isinstance(layer, Mamba))
+    mamba = first(mixers, Mamba)
     period, offset = _every([isinstance(layer, Attention) for layer in mixers])
     expert_period, expert_offset = _every([isinstance(layer, MoE) for layer in feeds])
     return arguments(model) | dict(

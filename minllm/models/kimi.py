@@ -13,7 +13,7 @@ from minllm.layers.moe import MoE, Router
 from minllm.layers.norm import RMSNorm
 from minllm.layers.residual import PreNorm
 from minllm.models import deepseek, llama, mixtral
-from minllm.models.family import BENIGN, Arg, Family, Field, Only, sublayers
+from minllm.models.family import BENIGN, Arg, Family, Field, Only, first, sublayers
 from minllm.models.transformer import Decoder, fold
 
 
@@ -127,7 +127,7 @@ class Deltas(Kinds):
 
 def _read(model: Decoder) -> dict[str, Any]:
     inner = list(sublayers(model))
-    delta = next(layer for layer in inner if isinstance(layer, KimiDeltaAttention))
+    delta = first(inner, KimiDeltaAttention)
     linear = tuple(isinstance(layer, KimiDeltaAttention) for layer in inner[::2])
     sparse = tuple(isinstance(layer, MoE) for layer in inner[1::2])
     return deepseek.read(model) | dict(linear=linear, sparse=sparse, delta_heads=delta.heads, delta_dim=delta.head_dim, conv=delta.conv)

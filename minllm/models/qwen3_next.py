@@ -13,7 +13,7 @@ from minllm.layers.norm import RMSNorm
 from minllm.layers.position import Rope, Scaling
 from minllm.layers.residual import PreNorm
 from minllm.models import llama, qwen
-from minllm.models.family import Arg, BalanceLoss, Family, Field, Only, RopeFields, SparseLayers, arguments, sublayers
+from minllm.models.family import Arg, BalanceLoss, Family, Field, Only, RopeFields, SparseLayers, arguments, first, sublayers
 from minllm.models.transformer import Decoder, fold
 from minllm.spec import FanIn
 
@@ -83,8 +83,8 @@ class LinearLayers(Field):
 def _read(model: Decoder) -> dict[str, Any]:
     inner = list(sublayers(model))
     mixers, feeds = inner[::2], inner[1::2]
-    delta = next(layer for layer in mixers if isinstance(layer, GatedDeltaNet))
-    shared = next(layer.shared for layer in feeds if isinstance(layer, MoE))
+    delta = first(mixers, GatedDeltaNet)
+    shared = first(feeds, MoE).shared
     linear, sparse = (tuple(isinstance(layer, kind) for layer in part) for part, kind in ((mixers, GatedDeltaNet), (feeds, MoE)))
     return arguments(model) | dict(
         layers=len(mixers), linear=linear, sparse=sparse, delta_heads=delta.heads, delta_kv_heads=delta.kv_heads,
@@ -142,7 +142,8 @@ WEIGHTS = (
 
 def _rows(model: Decoder) -> dict:
     """A key head's gates of its value heads stand together, and their number is not in the shape of the gates."""
-    group = next(layer.heads // layer.kv_heads for layer in sublayers(model) if isinstance(layer, GatedDeltaNet))
+    delta = first(sublayers(model), GatedDeltaNet)
+    group = delta.heads // delta.kv_heads
     ours = "k" if group == 1 else f"(k {group})"
     both = (f"{_IN}beta", f"{_IN}decay/weight"), f"(k ({group} + {group})) d -> d {ours}, d {ours}"
     return WEIGHTS | {"model.layers.{i}.linear_attn.in_proj_ba.weight": both}
