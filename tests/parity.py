@@ -72,8 +72,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
                             lru_width=64, attention_window_size=40, block_types=["recurrent", "attention", "recurrent"]),
     "rwkv": dict(model_type="rwkv", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64,
                  intermediate_size=96),
-    "kimi_linear": dict(model_type="kimi_linear", pad_token_id=None, **SHAPE | dict(num_key_value_heads=4), linear_num_heads=4, linear_head_dim=12, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8,
-                        v_head_dim=12, num_local_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, n_group=4, topk_group=2,
+    "kimi_linear": dict(model_type="kimi_linear", pad_token_id=None, **SHAPE | dict(num_key_value_heads=4), linear_num_heads=4,
+                        linear_head_dim=12, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+                        num_local_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, n_group=4, topk_group=2,
                         layer_types=["linear_attention", "full_attention"]),
     "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=1024),
 }  # fmt: skip

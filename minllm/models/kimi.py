@@ -134,7 +134,8 @@ def _read(model: Decoder) -> dict[str, Any]:
 
 
 _LLAMA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "attention_bias", "attention_dropout")
-FIELDS = {name: llama.FIELDS[name] for name in _LLAMA} | deepseek.LATENT_FIELDS | {
+FIELDS = {name: llama.FIELDS[name] for name in _LLAMA} | {
+    **{name: known for name, known in deepseek.LATENT_FIELDS.items() if name != "qk_head_dim"},
     "vocab_size": Arg("vocab", 163_840),
     "intermediate_size": Arg("hidden", 9216),
     "rms_norm_eps": Arg("eps", 1e-5),
@@ -182,8 +183,8 @@ WEIGHTS = (
     }
 )
 PRESETS = {"48b-a3b": {}}
-# head_dim and rope_theta belong to positions that nothing has
-_BENIGN = BENIGN | {"model_max_length", "num_nextn_predict_layers", "rope_theta", "auto_map"}
+# head_dim and rope_theta belong to positions that nothing has; qk_head_dim is a sum of two others
+_BENIGN = BENIGN | {"model_max_length", "num_nextn_predict_layers", "rope_theta", "head_dim", "qk_head_dim", "auto_map"}
 # `transformers` gives dense layers the name of mixtures when it writes
 _RENAMED = tuple((f"{_MOE}{w}_proj.weight", f"model.layers.{{i}}.mlp.{w}_proj.weight") for w in ("gate", "up", "down"))
 FAMILY = {

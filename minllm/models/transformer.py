@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from minllm.layer import Context, Execution, Layer, Out, add_losses, positions_of
 from minllm.layers.attention import Attention
 from minllm.layers.dropout import dropout
+from minllm.layers.latent import LatentAttention
 from minllm.layers.moe import MoE
 from minllm.layers.norm import Norm, RMSNorm
 from minllm.layers.position import Learned, Sinusoidal
@@ -90,6 +91,8 @@ class Decoder:
         value forward, twice that backward, over the keys that a causal query sees (half of T, or the window). Of experts, those chosen."""
         matrices = _matrices(self.params()) - sum(_asleep(m, self.D) for layer in self.trunk for m in _inside(layer, MoE))
         seen = sum(4 * a.heads * a.head_dim * _seen(T, a.window) for layer in self.trunk for a in _inside(layer, Attention))
+        seen += sum(2 * a.heads * (a.head_dim + a.rope_dim + a.value_dim) * _seen(T, None)
+                    for layer in self.trunk for a in _inside(layer, LatentAttention))  # fmt: skip
         return 3.0 * (2 * (matrices + self.vocab * self.D * self.tied) + seen)
 
     def update(self, p: Tree, stats: Any) -> Tree:

@@ -6,7 +6,7 @@ from parity import FAMILIES
 from minllm import models
 from minllm.layers.attention import Attention
 from minllm.layers.delta import GatedDeltaNet
-from minllm.models.family import sublayers
+from minllm.models.family import difference, sublayers
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -38,14 +38,33 @@ def test_fields(name, change, message):
         models.family(config["model_type"]).model(config)
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba", "qwen3_next", "deepseek_v2", "deepseek_v3", "kimi_linear", "recurrent_gemma"])
+NAMES = ("mamba", "mamba2", "jamba", "qwen3_next", "deepseek_v2", "deepseek_v3", "kimi_linear", "recurrent_gemma", "rwkv")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_config_and_back(name):
-    """What is read of a config is what is written of the model."""
+    """What is read of a config is what is written of the model, and no other family can write it."""
     family = models.family(name)
     model = family.model(FAMILIES[name])
     assert family.model(family.config(model)) == model
+    for other in models.FAMILIES:
+        if other != name:
+            with pytest.raises(ValueError, match=f"the model is no {other}"):
+                models.family(other).config(model)
     with pytest.raises(ValueError, match=f"the model is no {name}"):
         family.config(models.build("llama", "mini"))
+
+
+def test_the_release_of_kimi_counts_layers_from_one():
+    """Its own config.json says in linear_attn_config what ours says in layer_types."""
+    family = models.family("kimi_linear")
+    full = [4, 8, 12, 16, 20, 24, 27]
+    release = dict(
+        model_type="kimi_linear", hidden_size=2304, num_hidden_layers=27, num_attention_heads=32, intermediate_size=9216, head_dim=72,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, first_k_dense_replace=1, mla_use_nope=True, rope_theta=10_000.0, rope_scaling=None,
+        linear_attn_config=dict(head_dim=128, num_heads=32, short_conv_kernel_size=4, full_attn_layers=full,
+                                kda_layers=[i for i in range(1, 28) if i not in full]))  # fmt: skip
+    assert difference(family.model(release), models.build("kimi_linear")) == ""
 
 
 def test_where_the_kinds_stand():
