@@ -52,8 +52,9 @@ class LatentAttention(Layer):
     @property
     def scale(self) -> float:
         """Of the scores."""
-        factor = self.position.scaling.factor if self.mscale else 1.0
-        return (1 + 0.1 * self.mscale * math.log(max(factor, 1.0))) ** 2 * (self.head_dim + self.rope_dim) ** -0.5
+        yarn = self.position.scaling if self.position else None
+        sharper = 1 + 0.1 * self.mscale * math.log(max(yarn.factor, 1.0)) if isinstance(yarn, YarnScaling) else 1.0
+        return sharper**2 * (self.head_dim + self.rope_dim) ** -0.5
 
     def params(self, D):
         N, H, r, h, R = self.heads, self.head_dim, self.rope_dim, self.value_dim, self.rank

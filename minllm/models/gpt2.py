@@ -3,6 +3,8 @@
 Its files store matrices as (in, out), and queries, keys and values as one.
 """
 
+from dataclasses import replace
+
 from minllm.layers.attention import Attention
 from minllm.layers.mlp import MLP, gelu, gelu_tanh, relu, silu
 from minllm.layers.norm import LayerNorm
@@ -22,18 +24,21 @@ def gpt2(
     hidden: int | None = None,
     act: object = gelu_tanh,
     tied: bool = True,
+    window: int | None = None,
     embed_dropout: float = 0.0,
     dropout: float = 0.0,
     weight_dropout: float = 0.0,
     eps: float = 1e-5,
 ) -> Decoder:
-    """The defaults are GPT-2 small, without its dropout of 0.1 everywhere. length: of the table of positions. hidden: None for 4 D."""
+    """The defaults are GPT-2 small, without its dropout of 0.1 everywhere. length: of the table of positions. hidden: None for 4 D.
+    window: tokens that every second layer sees, from the second on; None for all (GPT-3; its width of the band was not published)."""
     if D % heads:
         raise ValueError(f"a width D of {D} does not divide into {heads} heads; choose heads that divide it")
     norm, out = LayerNorm(eps), FanIn((2 * layers) ** -0.5)
     attention = Attention(heads, heads, D // heads, bias=True, out_bias=True, dropout=dropout, weight_dropout=weight_dropout, out_init=out)
-    block = (PreNorm(attention, norm), PreNorm(MLP(hidden or 4 * D, act, bias=True, dropout=dropout, out_init=out), norm))
-    return Decoder(vocab, D, fold([block] * layers), norm, tied, position=Learned(length), dropout=embed_dropout)
+    mlp = PreNorm(MLP(hidden or 4 * D, act, bias=True, dropout=dropout, out_init=out), norm)
+    blocks = [(PreNorm(replace(attention, window=window if i % 2 else None), norm), mlp) for i in range(layers)]
+    return Decoder(vocab, D, fold(blocks), norm, tied, position=Learned(length), dropout=embed_dropout)
 
 
 FIELDS = {
