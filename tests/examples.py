@@ -188,7 +188,6 @@ EXAMPLES = {
     "llama_tied_dropout": Example(llama3(D=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=64, tied=True, dropout=0.1)),
     "mixtral": Example(mixtral(D=32, layers=2, heads=4, kv_heads=2, hidden=24, vocab=64, experts=4, z_loss=0.001)),
     "gpt2": Example(gpt2(D=32, layers=2, heads=4, vocab=64, length=64)),
-    "gpt3": Example(gpt2(D=32, layers=2, heads=4, vocab=64, length=64, window=5)),
     "sinusoidal": Example(Decoder(64, 32, (Stack((PreNorm(attention(position=None)),), 1),), position=Sinusoidal())),
     "gemma_like": Example(Decoder(
         64, 32, (Stack((SandwichNorm(attention(window=4)), SandwichNorm(GLU(48, gelu_tanh)), SandwichNorm(attention())), 1),),
