@@ -336,6 +336,7 @@ def resume(args) -> dict:
         for _ in range(20):
             began, process = time.monotonic(), subprocess.Popen([*command, "steps=1000000"], cwd=broken, **quiet)
             while ready is None and not losses_of(broken):  # how long this machine takes to the first step
+                assert process.poll() is None, f"the run ended before its first step, with exit status {process.returncode}"
                 time.sleep(0.1)
             ready = ready or time.monotonic() - began
             time.sleep(ready * pick.uniform(0.5, 2.0))  # some kills come before the first step, some into a save
